@@ -1,0 +1,27 @@
+"""Depthwise causal convolution on the grid of one call; used by ``conv.causal`` and by the neural memory's streams."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from titans_graph.kernels.timeline import Clock, extend, last
+
+
+def causal_conv(x: Tensor, tail: Tensor, weight: Tensor, bias: Tensor | None, clock: Clock) -> tuple[Tensor, Tensor]:
+    """``y_t = sum_j weight[:, j] * x_(t-j) (+ bias)`` within each document, and the tail for the next call.
+
+    x ``[B, G, D]``; tail ``[B, K - 1, D]``, the last inputs of earlier calls, oldest first; weight ``[D, K]``, K >= 2,
+    column j is the tap at distance j; bias ``[D]`` or None -> y ``[B, G, D]``, new tail ``[B, K - 1, D]``.
+    A tap that would reach past the start of its document adds nothing.
+    """
+    kernel, slots = weight.shape[1], x.shape[1]
+    joined = extend(tail, x, clock.lead)
+    y = x * weight[:, 0]
+    for j in range(1, kernel):
+        start = kernel - 1 - j
+        inside = (clock.position >= j)[..., None]
+        y = y + torch.where(inside, joined[:, start : start + slots] * weight[:, j], 0.0)
+    if bias is not None:
+        y = y + bias
+    return y, last(joined, clock.end, kernel - 1)

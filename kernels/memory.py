@@ -1,0 +1,220 @@
+"""The neural memory as functions on tensors: a whole sequence, one token, or reading alone (arXiv 2501.00663).
+
+The dispatcher: a component calls :func:`memory_scan` and never knows which kernel runs. ``compiled`` (chunk bodies
+built by Inductor) inside a compiled region, ``chunk`` (the same bodies, eager) outside, ``reference`` by name. The
+choice is logged once by ``titans_graph.kernels``.
+
+Shapes: ``B`` batch, ``H`` heads, ``G`` slots, ``d`` key and value size; fast weights, momenta and anchors are lists of
+``[B, H, *shape]`` in the order of ``network.weights(d)``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from titans_graph.errors import UsageError
+from titans_graph.kernels.memory_bound import step_bound
+from titans_graph.kernels.memory_chunk import trace_keys
+from titans_graph.kernels.memory_objectives import Objective, parse_objective
+from titans_graph.kernels.memory_ops import scan_op
+from titans_graph.kernels.memory_reference import PlainUse, memory_reference
+from titans_graph.kernels.networks import Network, parse_network
+
+log = logging.getLogger("titans_graph.kernels")
+
+READS = ("after", "before", "chunk")
+KERNELS = ("auto", "reference", "chunk", "compiled")
+
+Result = tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]
+
+
+def memory_scan(
+    network: str,
+    objective: str,
+    read: str,
+    chunk: int,
+    bounded: bool,
+    anchor: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    initial_weights: Sequence[Tensor],
+    initial_momenta: Sequence[Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    step: Tensor,
+    log_momentum: Tensor,
+    log_keep: Tensor,
+    valid: Tensor,
+    position: Tensor,
+    *,
+    kernel: str = "auto",
+) -> Result:
+    """Write ``k``, ``v`` and read ``q`` for a whole grid of tokens: ``(y, anchor', weights', momenta')``.
+
+    q, k, v ``[B, H, G, d]``, ``step`` and the log gates (at most 0, -inf allowed) ``[B, H, G]``, ``valid`` bool and
+    ``position`` int64 ``[B, G]``. G is a multiple of ``chunk``, slot and position agree modulo ``chunk``, and the
+    tokens of one document are contiguous. Per row, a chunk whose first slot is valid begins here (the anchor becomes
+    the current weights; at position 0 the row first restarts from the initial ones); otherwise it continues with the
+    state's anchor. Invalid slots change nothing and give zeros.
+
+    ``read``: ``after`` the token's own write, ``before`` it, or with the ``chunk``'s first weights. ``bounded`` divides
+    the step by :func:`~titans_graph.kernels.memory_bound.step_bound` of the chunk's first weights. Gradients reach
+    every floating argument, from y and from the final state. ``kernel``: one of ``KERNELS``.
+
+    Raises :class:`UsageError` for unknown names and a grid that is not a whole number of chunks.
+    """
+    if read not in READS or kernel not in KERNELS:
+        raise UsageError(
+            f"read is one of {', '.join(READS)} and kernel one of {', '.join(KERNELS)}; got {read!r}, {kernel!r}"
+        )
+    if chunk < 1 or q.shape[2] % chunk != 0:
+        raise UsageError(f"memory_scan needs a whole number of chunks of {chunk} slots; got {q.shape[2]} slots")
+    dtype = weights[0].dtype
+    tokens = [x.to(dtype) for x in (q, k, v, step, log_momentum, log_keep)]
+    state = [list(x) for x in (anchor, weights, momenta, initial_weights, initial_momenta)]
+    if kernel == "reference":
+        return _reference(network, objective, read, chunk, bounded, state, tokens, valid, position, q.dtype)
+    if kernel == "auto":
+        kernel = "compiled" if torch.compiler.is_compiling() else "chunk"
+    flat = scan_op(
+        network,
+        objective,
+        read,
+        chunk,
+        bounded,
+        kernel == "compiled",
+        torch.is_grad_enabled(),
+        *state,
+        tokens,
+        valid,
+        position,
+    )
+    n = len(state[0])
+    return flat[0].to(q.dtype), flat[1 : 1 + n], flat[1 + n : 1 + 2 * n], flat[1 + 2 * n : 1 + 3 * n]
+
+
+def _reference(
+    network: str,
+    objective: str,
+    read: str,
+    chunk: int,
+    bounded: bool,
+    state: list[list[Tensor]],
+    tokens: list[Tensor],
+    valid: Tensor,
+    position: Tensor,
+    dtype: torch.dtype,
+) -> Result:
+    log.info("memory_scan: kernel reference on %s for %s", tokens[0].device, network)
+    anchor, weights, momenta, initial_weights, initial_momenta = state
+    q, k, v, step, log_momentum, log_keep = tokens
+    y, *ends = memory_reference(
+        network, objective, read, chunk, bounded, anchor, weights, momenta, initial_weights, initial_momenta,
+        q, k, v, step, log_momentum, log_keep, valid, position,
+    )  # fmt: skip
+    return y.to(dtype), ends[0], ends[1], ends[2]
+
+
+def memory_step(
+    network: str | Network,
+    objective: str | Objective,
+    read: str,
+    chunk: int,
+    bounded: bool,
+    anchor: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    initial_weights: Sequence[Tensor],
+    initial_momenta: Sequence[Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    step: Tensor,
+    log_momentum: Tensor,
+    log_keep: Tensor,
+    valid: Tensor,
+    position: Tensor,
+) -> Result:
+    """:func:`memory_scan` for one token (G = 1), as plain tensor operations that fuse into the caller's region.
+
+    The slot may stand anywhere in its chunk: it begins one where ``position % chunk`` is 0.
+    """
+    net, goal = _parsed(network, objective)
+    dtype, heads, names = weights[0].dtype, q.shape[1], list(net.weights(q.shape[-1]))
+    now = valid[:, 0].repeat_interleave(heads)
+    place = position[:, 0].repeat_interleave(heads)
+    start, first = now & (place == 0), now & (place % chunk == 0)
+    before = _where(start, _flat(initial_weights), _flat(weights))
+    moving = _where(start, _flat(initial_momenta), _flat(momenta))
+    at = _where(first, before, _flat(anchor))
+    q1, k1, v1 = (x.flatten(0, 1).to(dtype) for x in (q, k, v))
+    theta, eta, keep = (x.flatten().to(dtype) for x in (step, log_momentum.exp(), log_keep.exp()))
+    if bounded:
+        theta = theta / step_bound(net, dict(zip(names, at, strict=True)))
+    gradient = _gradient(net, goal, names, at, k1, v1)
+    momentum = [_rows(eta, s) * s - _rows(theta, g) * g for s, g in zip(moving, gradient, strict=True)]
+    after = [_rows(keep, m) * m + s for m, s in zip(before, momentum, strict=True)]
+    source = {"after": after, "before": before, "chunk": at}[read]
+    y = net.apply(q1, PlainUse(dict(zip(names, source, strict=True))))
+    y = torch.where(now[:, None, None], y, 0.0).to(q.dtype).view(q.shape)
+    ends = at, _where(now, after, before), _where(now, momentum, moving)
+    shaped = [[x.view(o.shape) for x, o in zip(end, weights, strict=True)] for end in ends]
+    return y, shaped[0], shaped[1], shaped[2]
+
+
+def memory_read(network: str | Network, weights: Sequence[Tensor], q: Tensor) -> Tensor:
+    """Read without writing (equation 15): the network of the given weights for ``q`` ``[B, H, G, d]``, same shape."""
+    net = _parsed(network, "l2")[0]
+    named = dict(zip(net.weights(q.shape[-1]), weights, strict=True))
+    return net.apply(q.to(weights[0].dtype), PlainUse(named)).to(q.dtype)
+
+
+def _parsed(network: str | Network, objective: str | Objective) -> tuple[Network, Objective]:
+    """Both descriptions parsed; texts by way of plain constants, which is all a traced call may bring back."""
+    net = Network(*_network_parts(network)) if isinstance(network, str) else network
+    goal = Objective(*_objective_parts(objective)) if isinstance(objective, str) else objective
+    return net, goal
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _network_parts(text: str) -> tuple[str, tuple[tuple[str, int | float | bool | str | None], ...]]:
+    network = parse_network(text)
+    return network.family, network.options
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _objective_parts(text: str) -> tuple[str, float]:
+    objective = parse_objective(text)
+    return objective.name, objective.option
+
+
+def _gradient(
+    network: Network, objective: Objective, names: list[str], at: list[Tensor], k: Tensor, v: Tensor
+) -> list[Tensor]:
+    """The momentary surprise of one token per row, ``[N, *shape]``, as sums of outer products."""
+    trace = trace_keys(network, objective, dict(zip(names, at, strict=True)), k, v)
+    result = []
+    for name, weight in zip(names, at, strict=True):
+        inputs, deltas = trace.inputs[name], trace.deltas[name]
+        if weight.dim() == 2:
+            result.append(torch.stack(deltas).sum((0, 2)))
+        else:
+            result.append(torch.stack([u.mT * d for u, d in zip(inputs, deltas, strict=True)]).sum(0))
+    return result
+
+
+def _flat(values: Sequence[Tensor]) -> list[Tensor]:
+    return [x.flatten(0, 1) for x in values]
+
+
+def _where(rows: Tensor, new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
+    return [torch.where(_rows(rows, n), n, o) for n, o in zip(new, old, strict=True)]
+
+
+def _rows(gate: Tensor, like: Tensor) -> Tensor:
+    return gate.view(-1, *[1] * (like.dim() - 1))

@@ -1,0 +1,118 @@
+"""Compiled bodies of the neural memory: one chunk forward, and its vector-Jacobian product.
+
+A body is traced to a plain graph of tensor operations (nested differentiation included) and handed to Inductor
+directly. There is no guard to check per call and nothing to recompile: a body belongs to its static form, its shapes
+and its dtype, and the number of chunks never enters. Without a C++ compiler on a CPU, bodies run eagerly.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from titans_graph.kernels.memory_chunk import Form, memory_chunk
+
+log = logging.getLogger("titans_graph.kernels")
+
+Body = Callable[..., Sequence[Tensor]]
+T = TypeVar("T")
+
+_COMPILED: dict[tuple[object, ...], Body] = {}
+
+
+def fresh_body(form: Form, count: int) -> Body:
+    """The chunk as a flat function ``(weights.., momenta.., q, k, v, step, log_momentum, log_keep, valid)``.
+
+    ``count`` is the number of fast weights. The chunk begins here: the anchor is the weights. Returns
+    ``(y, weights'.., momenta'..)``.
+    """
+
+    def body(*args: Tensor) -> tuple[Tensor, ...]:
+        weights, momenta = list(args[:count]), list(args[count : 2 * count])
+        y, new_weights, new_momenta = memory_chunk(form, weights, weights, momenta, *args[2 * count :])
+        return y, *new_weights, *new_momenta
+
+    return body
+
+
+def resumed_body(form: Form, count: int) -> Body:
+    """As :func:`fresh_body` with the anchor as ``count`` more tensors in front: the chunk began in an earlier call."""
+
+    def body(*args: Tensor) -> tuple[Tensor, ...]:
+        parts = [list(args[i * count : (i + 1) * count]) for i in range(3)]
+        y, new_weights, new_momenta = memory_chunk(form, parts[0], parts[1], parts[2], *args[3 * count :])
+        return y, *new_weights, *new_momenta
+
+    return body
+
+
+def pullback(body: Body, inputs: int) -> Body:
+    """The body's vector-Jacobian product, second order included: ``(inputs.., valid, cotangents..)`` to cotangents."""
+
+    def pull(*args: Tensor) -> tuple[Tensor, ...]:
+        valid, cotangents = args[inputs], args[inputs + 1 :]
+        back = torch.func.vjp(lambda *x: tuple(body(*x, valid)), *args[:inputs])[1]
+        result: tuple[Tensor, ...] = back(tuple(cotangents))
+        return result
+
+    return pull
+
+
+def undisturbed(run: Callable[[], T]) -> T:
+    """``run()``, in a thread of its own where the dispatch state of this one forbids differentiation by functorch.
+
+    Two callers do: dispatch modes (opcheck, the aliasing check of a compiled region's first call) switch functorch's
+    keys off around an operator, and activation checkpointing sets hooks on saved tensors. A new thread has neither.
+    """
+    front = torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode
+    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    if not hooked and not torch._C._dispatch_tls_is_dispatch_key_excluded(front):
+        return run()
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()
+
+
+@lru_cache(maxsize=1)
+def compiler_available() -> bool:
+    """Whether Inductor can build code for the CPU; said once in the log where it cannot."""
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        get_cpp_compiler()
+    except Exception as problem:  # The classes Inductor raises here differ between torch versions.
+        log.info("memory_scan: no C++ compiler (%s); chunk bodies run eagerly", type(problem).__name__)
+        return False
+    return True
+
+
+def compiled(key: tuple[object, ...], body: Body, args: Sequence[Tensor]) -> Body:
+    """``body`` compiled for arguments like ``args``, built at the first call for ``key`` and these shapes."""
+    if args[0].device.type == "cpu" and not compiler_available():
+        return body
+    signature = (*key, args[0].device, *((a.dtype, a.shape) for a in args))
+    if signature not in _COMPILED:
+        _COMPILED[signature] = _build(body, args)
+    return _COMPILED[signature]
+
+
+def _build(body: Body, args: Sequence[Tensor]) -> Body:
+    import torch._inductor
+
+    # Not the arguments: those may be views of tensors that require gradients, and Inductor would look into them.
+    examples: list[Any] = [torch.zeros_like(a, memory_format=torch.contiguous_format) for a in args]
+    with torch.no_grad():
+        graph = make_fx(body)(*examples)
+        for node in graph.graph.nodes:
+            # Inductor makes its own fake tensors and refuses those of another tracing.
+            node.meta.clear()
+        # One C++ file for all kernels of a body: half the compile time of one file each, and the same speed.
+        options = {"cpp_wrapper": args[0].device.type == "cpu"}
+        built: Body = torch._inductor.compile(graph, examples, options=options)
+    return built

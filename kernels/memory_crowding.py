@@ -1,0 +1,62 @@
+"""How crowded a chunk's keys are: what the stable step of a memory with chunk-start gradients depends on.
+
+All gradients of a chunk are taken at its first weights, so tokens with like keys push the same way without seeing each
+other: with C equal keys the chunk's step is C times one token's. A cap must be causal and the same in streaming, so the
+crowding of a token counts the keys of its chunk up to and with its own: r_t = sum over i <= t of |k_i . k_t|.
+
+For equal keys r_t = t, and the sum over t of 1 / (r_t (1 + ln r_t)) stays below 2.7 for chunks up to 1024 (it grows like
+ln ln C), where the sum of 1 / r_t would grow like ln C. Orthogonal keys give r_t = 1: nothing is lost.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from titans_graph.kernels.timeline import take
+
+
+def crowding(k: Tensor, ring: Tensor, valid: Tensor, position: Tensor, lead: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    """``r [B, H, G]`` (at least 1 for unit keys) and the new ring.
+
+    k ``[B, H, G, d]`` unit keys; ring ``[B, C, H, d]``, the keys of the chunk that earlier calls left unfinished, by slot;
+    valid, position ``[B, G]`` and lead, end ``[B]`` as in :class:`titans_graph.shapes.Clock`. G is 1 or a multiple of C.
+    """
+    if k.shape[2] == 1:
+        return _one(k, ring, position)
+    chunk = ring.shape[1]
+    blocks = k.transpose(1, 2).unflatten(1, (-1, chunk))
+    filled = valid.unflatten(1, (-1, chunk))
+    number = torch.arange(blocks.shape[1], device=k.device)
+    slot = torch.arange(chunk, device=k.device)
+    resumed = (number == (lead // chunk)[:, None])[..., None] & (slot < (lead % chunk)[:, None, None])
+    merged = torch.where(filled[..., None, None], blocks, 0.0)
+    merged = torch.where(resumed[..., None, None], ring[:, None], merged)
+    keys = merged.permute(0, 3, 1, 2, 4)
+    alike = (keys @ keys.mT).abs().tril()
+    r = alike.sum(-1).flatten(2)
+    latest = ((end - 1).clamp(min=0) // chunk)[:, None]
+    fresh = take(merged, latest)[:, 0]
+    keep = (end == lead)[:, None, None, None]
+    return r.clamp(min=1.0), torch.where(keep, ring, fresh)
+
+
+def _one(k: Tensor, ring: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+    """One token: it takes its slot in the ring, and sees the slots up to its own."""
+    chunk = ring.shape[1]
+    slot = position % chunk
+    here = torch.arange(chunk, device=k.device) == slot
+    merged = torch.where(here[..., None, None], k.transpose(1, 2), ring)
+    alike = torch.einsum("bchd,bhd->bhc", merged, k[:, :, 0]).abs()
+    seen = torch.arange(chunk, device=k.device) <= slot
+    r = torch.where(seen[:, None], alike, 0.0).sum(-1, keepdim=True)
+    return r.clamp(min=1.0), merged
+
+
+def step_cap(r: Tensor, max_momentum: float) -> Tensor:
+    """The largest stable step for ``||f(k) - v||^2`` at crowding ``r``: ``(1 - max_momentum) / (2 r (1 + ln r))``.
+
+    The *maximum* momentum, not the token's own: with momentum alternating between 0 and 0.99 a cap from the token's own
+    value lets the next token multiply a large step by a hundred.
+    """
+    return (1.0 - max_momentum) / (2.0 * r * (1.0 + r.log()))

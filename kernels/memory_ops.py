@@ -1,0 +1,395 @@
+"""The memory scan as two operators of ``torch.library``: forward over the chunks, backward over them in reverse.
+
+Forward keeps the weights and momenta that each ``EVERY``-th chunk starts from; backward recomputes a chunk from there
+and takes the vector-Jacobian product of its whole body, so the second-order terms need no formula of their own. Inside
+a compiled region both are opaque: the number of chunks is never seen by the compiler.
+
+Shapes: ``B`` batch, ``H`` heads, ``N`` = B * H rows, ``G`` slots, ``C`` slots of a chunk; lists ``[B, H, *shape]``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from titans_graph.errors import UsageError
+from titans_graph.kernels.memory_chunk import Form
+from titans_graph.kernels.memory_compile import Body, compiled, fresh_body, pullback, resumed_body, undisturbed
+from titans_graph.kernels.memory_objectives import parse_objective
+from titans_graph.kernels.networks import parse_network
+
+log = logging.getLogger("titans_graph.kernels")
+
+EVERY = 1
+"""A checkpoint for every how many chunks: more saves memory and runs the forward bodies between once more."""
+
+
+@lru_cache(maxsize=64)
+def form_of(network: str, objective: str, read: str, bounded: bool) -> Form:
+    """The static side of a memory from canonical strings."""
+    return Form(parse_network(network), parse_objective(objective), read, bounded)
+
+
+@lru_cache(maxsize=64)
+def _announce(kernel: str, form: Form, device: str) -> None:
+    log.info("memory_scan: kernel %s on %s for %s", kernel, device, form.network.text())
+
+
+class Flags(NamedTuple):
+    """What the rows do at one chunk; the booleans are read on the host once a call.
+
+    ``first`` and ``restart`` are ``[N]``. ``all_first``: every row begins a chunk. ``any_restart``: some row restarts.
+    ``resumed``: some row has tokens here whose chunk began in an earlier call.
+    """
+
+    first: Tensor
+    restart: Tensor
+    all_first: bool
+    any_restart: bool
+    resumed: bool
+
+
+def flags_of(valid: Tensor, position: Tensor, chunk: int, heads: int) -> list[Flags]:
+    """One :class:`Flags` per chunk from ``[B, G]`` valid and position."""
+    batch = valid.shape[0]
+    first = valid[:, ::chunk]
+    restart = first & (position[:, ::chunk] == 0)
+    late = ~first & valid.view(batch, -1, chunk).any(-1)
+    host = torch.stack([first.all(0), restart.any(0), late.any(0)], 1).tolist()
+    rows = torch.stack([first, restart]).repeat_interleave(heads, 1).unbind(-1)
+    return [Flags(r[0], r[1], *h) for r, h in zip(rows, host, strict=True)]
+
+
+def where(rows: Tensor, new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
+    """``new`` in the rows ``[N]`` that are true, ``old`` elsewhere."""
+    return [torch.where(rows.view(-1, *[1] * (n.dim() - 1)), n, o) for n, o in zip(new, old, strict=True)]
+
+
+def masked(rows: Tensor, values: list[Tensor]) -> list[Tensor]:
+    """``values`` in the rows that are true, zero elsewhere."""
+    return [torch.where(rows.view(-1, *[1] * (x.dim() - 1)), x, 0.0) for x in values]
+
+
+def added(old: list[Tensor] | None, new: list[Tensor]) -> list[Tensor]:
+    """The sum of two lists; None counts as zero."""
+    return new if old is None else [a + b for a, b in zip(old, new, strict=True)]
+
+
+def merge(values: Sequence[Tensor]) -> list[Tensor]:
+    """``[B, H, *shape]`` to contiguous ``[N, *shape]``."""
+    return [x.flatten(0, 1).contiguous() for x in values]
+
+
+def split(values: list[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+    """``[N, *shape]`` back to ``[B, H, *shape]``."""
+    return [x.view(o.shape) for x, o in zip(values, like, strict=True)]
+
+
+def chunked(x: Tensor, chunk: int) -> Tensor:
+    """``[B, H, G, ...]`` to contiguous ``[chunks, N, C, ...]``, so that one chunk is one block of memory."""
+    b, h, g = x.shape[:3]
+    return x.reshape(b * h, g // chunk, chunk, *x.shape[3:]).transpose(0, 1).contiguous()
+
+
+class Walk(NamedTuple):
+    """Everything forward and backward need to run one chunk."""
+
+    form: Form
+    compiled: bool
+    flags: list[Flags]
+    entry_anchor: list[Tensor]
+    tokens: list[Tensor]
+    valid: Tensor
+
+    def inputs(self, c: int, weights: list[Tensor], momenta: list[Tensor]) -> list[Tensor]:
+        """The differentiable arguments of chunk ``c``'s body."""
+        state = [*weights, *momenta, *(x[c] for x in self.tokens)]
+        if not self.flags[c].resumed:
+            return state
+        # A row with tokens in a chunk it did not begin is in its first chunk of this call: its anchor is the entry's.
+        return [*where(self.flags[c].first, weights, self.entry_anchor), *state]
+
+    def forward(
+        self, c: int, weights: list[Tensor], momenta: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Run chunk ``c``: ``(y [N, C, d], weights', momenta')``."""
+        count = len(weights)
+        args = [*self.inputs(c, weights, momenta), self.valid[c]]
+        result = self._body(c, count, args, None)(*args)
+        return result[0], list(result[1 : 1 + count]), list(result[1 + count :])
+
+    def backward(self, c: int, inputs: list[Tensor], cotangents: list[Tensor], count: int) -> list[Tensor]:
+        """Input cotangents of chunk ``c``'s body."""
+        args = [*inputs, self.valid[c], *cotangents]
+        return list(self._body(c, count, args, len(inputs))(*args))
+
+    def _body(self, c: int, count: int, args: list[Tensor], inputs: int | None) -> Body:
+        resumed = self.flags[c].resumed
+        body = (resumed_body if resumed else fresh_body)(self.form, count)
+        if inputs is not None:
+            body = pullback(body, inputs)
+        # At most the first chunk of a row is resumed: not worth a compilation of its own.
+        return compiled((self.form, inputs), body, args) if self.compiled and not resumed else body
+
+
+def _walk(
+    spec: tuple[str, str, str, int, bool, bool],
+    anchor: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    valid: Tensor,
+    position: Tensor,
+) -> Walk:
+    network, objective, read, chunk, bounded, use_compiled = spec
+    form = form_of(network, objective, read, bounded)
+    _announce("compiled" if use_compiled else "chunk", form, str(tokens[0].device))
+    heads = tokens[0].shape[1]
+    flags = flags_of(valid, position, chunk, heads)
+    slots = chunked(valid[:, None].expand(-1, heads, -1), chunk)
+    return Walk(form, use_compiled, flags, merge(anchor), [chunked(x, chunk) for x in tokens], slots)
+
+
+@torch.library.custom_op("titans_graph::memory_scan", mutates_args=())
+def scan_op(
+    network: str,
+    objective: str,
+    read: str,
+    chunk: int,
+    bounded: bool,
+    compiled: bool,
+    save: bool,
+    anchor: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    initial_weights: Sequence[Tensor],
+    initial_momenta: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    valid: Tensor,
+    position: Tensor,
+) -> list[Tensor]:
+    """``[y, anchor'.., weights'.., momenta'.., saved..]``; ``tokens`` is [q, k, v, step, log_momentum, log_keep].
+
+    ``saved`` holds, with ``save``, per weight and momentum the values that checkpointed chunks start from,
+    ``[K, N, *shape]``.
+    """
+    spec = network, objective, read, chunk, bounded, compiled
+
+    def run() -> list[Tensor]:
+        with torch.no_grad(), torch.autocast(weights[0].device.type, enabled=False):
+            walk = _walk(spec, anchor, tokens, valid, position)
+            return _forward(walk, save, merge(weights), merge(momenta), merge(initial_weights), merge(initial_momenta))
+
+    y, *rest = undisturbed(run)
+    n = 3 * len(weights)
+    return [y.view(tokens[0].shape), *split(rest[:n], (*anchor, *weights, *momenta)), *rest[n:]]
+
+
+def _forward(
+    walk: Walk,
+    save: bool,
+    now: list[Tensor],
+    moving: list[Tensor],
+    initial_weights: list[Tensor],
+    initial_momenta: list[Tensor],
+) -> list[Tensor]:
+    """The walk over all chunks: ``[y [N, K, C, d], anchor.., weights.., momenta.., saved..]``."""
+    steps, rows, chunk, dim = walk.tokens[0].shape
+    y = now[0].new_empty(rows, steps, chunk, dim)
+    kept = [x.new_empty(_saved(steps), *x.shape) for x in (*now, *moving)] if save else []
+    at = walk.entry_anchor
+    for c, flags in enumerate(walk.flags):
+        if flags.any_restart:
+            now, moving = where(flags.restart, initial_weights, now), where(flags.restart, initial_momenta, moving)
+        if save and c % EVERY == 0:
+            for slot, x in zip(kept, (*now, *moving), strict=True):
+                slot[c // EVERY].copy_(x)
+        at = now if flags.all_first else where(flags.first, now, at)
+        part, now, moving = walk.forward(c, now, moving)
+        y[:, c] = torch.where(walk.valid[c][..., None], part, 0.0)
+    # An operator's results must not alias its arguments: the anchor may still be the entry's.
+    return [y, *(x.clone() for x in at), *now, *moving, *kept]
+
+
+def _saved(steps: int) -> int:
+    return (steps + EVERY - 1) // EVERY
+
+
+@scan_op.register_fake
+def _(
+    network: str,
+    objective: str,
+    read: str,
+    chunk: int,
+    bounded: bool,
+    compiled: bool,
+    save: bool,
+    anchor: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    initial_weights: Sequence[Tensor],
+    initial_momenta: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    valid: Tensor,
+    position: Tensor,
+) -> list[Tensor]:
+    q = tokens[0]
+    state = [x.new_empty(x.shape) for x in (*anchor, *weights, *momenta)]
+    count = _saved(q.shape[2] // chunk)
+    kept = [x.new_empty(count, x.shape[0] * x.shape[1], *x.shape[2:]) for x in (*weights, *momenta)] if save else []
+    return [q.new_empty(q.shape), *state, *kept]
+
+
+@torch.library.custom_op("titans_graph::memory_scan_backward", mutates_args=())
+def backward_op(
+    network: str,
+    objective: str,
+    read: str,
+    chunk: int,
+    bounded: bool,
+    compiled: bool,
+    anchor: Sequence[Tensor],
+    initial_weights: Sequence[Tensor],
+    initial_momenta: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    valid: Tensor,
+    position: Tensor,
+    saved: Sequence[Tensor],
+    grads: Sequence[Tensor],
+) -> list[Tensor]:
+    """Cotangents ``[anchor.., weights.., momenta.., initial_weights.., initial_momenta.., tokens..]``.
+
+    ``grads`` are those of ``[y, anchor'.., weights'.., momenta'..]``.
+    """
+    spec = network, objective, read, chunk, bounded, compiled
+
+    def run() -> list[Tensor]:
+        with torch.no_grad(), torch.autocast(anchor[0].device.type, enabled=False):
+            walk = _walk(spec, anchor, tokens, valid, position)
+            initial = merge(initial_weights), merge(initial_momenta)
+            sweep = _Sweep(walk, initial, list(saved), merge(grads[1:]), chunked(grads[0], chunk))
+            for c in reversed(range(len(walk.flags))):
+                sweep.chunk(c)
+            return sweep.results()
+
+    like = [*anchor, *anchor, *anchor, *initial_weights, *initial_momenta, *tokens]
+    return split(undisturbed(run), like)
+
+
+class _Sweep:
+    """The reverse walk: carries the cotangents of anchor, weights and momenta, and gathers those of the tokens."""
+
+    def __init__(
+        self, walk: Walk, initial: tuple[list[Tensor], list[Tensor]], saved: list[Tensor], ends: list[Tensor], y: Tensor
+    ) -> None:
+        self.walk, self.initial, self.saved, self.y = walk, initial, saved, y
+        self.count = len(ends) // 3
+        self.weights, self.momenta = ends[self.count : 2 * self.count], ends[2 * self.count :]
+        self.anchor: list[Tensor] | None = ends[: self.count]
+        self.initial_weights = [torch.zeros_like(x) for x in self.weights]
+        self.initial_momenta = [torch.zeros_like(x) for x in self.momenta]
+        self.tokens = [x.new_empty(x.shape[1], x.shape[0], *x.shape[2:]) for x in walk.tokens]
+        self.group: list[tuple[list[Tensor], list[Tensor]]] = []
+
+    def start(self, c: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights and momenta that chunk ``c`` starts from: a checkpoint, or recomputed from the one before."""
+        if not self.group:
+            base = c - c % EVERY
+            kept = [x[base // EVERY] for x in self.saved]
+            now, moving = kept[: self.count], kept[self.count :]
+            self.group = [(now, moving)]
+            for i in range(base, c):
+                _, now, moving = self.walk.forward(i, now, moving)
+                flags = self.walk.flags[i + 1]
+                if flags.any_restart:
+                    now, moving = (where(flags.restart, a, b) for a, b in zip(self.initial, (now, moving), strict=True))
+                self.group.append((now, moving))
+        return self.group.pop()
+
+    def chunk(self, c: int) -> None:
+        """Carry the cotangents from the end of chunk ``c`` to its start."""
+        walk, flags, count = self.walk, self.walk.flags[c], self.count
+        inputs = walk.inputs(c, *self.start(c))
+        y = torch.where(walk.valid[c][..., None], self.y[c], 0.0)
+        grads = walk.backward(c, inputs, [y, *self.weights, *self.momenta], count)
+        if flags.resumed:
+            body_anchor, grads = grads[:count], grads[count:]
+            # In rows that begin their chunk here the anchor is the weights.
+            self.anchor = added(self.anchor, body_anchor)
+        self.weights, self.momenta = grads[:count], grads[count : 2 * count]
+        self._to_weights(flags)
+        if flags.any_restart:
+            self._to_initial(flags)
+        for slot, g in zip(self.tokens, grads[2 * count :], strict=True):
+            slot[:, c].copy_(g)
+
+    def results(self) -> list[Tensor]:
+        """All cotangents in the operator's order, every one a tensor of its own."""
+        at = self.anchor or [torch.zeros_like(x) for x in self.weights]
+        state = [*at, *self.weights, *self.momenta, *self.initial_weights, *self.initial_momenta]
+        return [*(x.clone() for x in state), *self.tokens]
+
+    def _to_weights(self, flags: Flags) -> None:
+        """Where a chunk begins, the anchor was set from the weights, so its cotangent joins theirs."""
+        if self.anchor is None:
+            return
+        self.weights = added(self.weights, self.anchor if flags.all_first else masked(flags.first, self.anchor))
+        self.anchor = None if flags.all_first else masked(~flags.first, self.anchor)
+
+    def _to_initial(self, flags: Flags) -> None:
+        """Where a row restarts, weights and momenta were set from the initial ones."""
+        self.initial_weights = added(self.initial_weights, masked(flags.restart, self.weights))
+        self.initial_momenta = added(self.initial_momenta, masked(flags.restart, self.momenta))
+        self.weights, self.momenta = masked(~flags.restart, self.weights), masked(~flags.restart, self.momenta)
+
+
+@backward_op.register_fake
+def _(
+    network: str,
+    objective: str,
+    read: str,
+    chunk: int,
+    bounded: bool,
+    compiled: bool,
+    anchor: Sequence[Tensor],
+    initial_weights: Sequence[Tensor],
+    initial_momenta: Sequence[Tensor],
+    tokens: Sequence[Tensor],
+    valid: Tensor,
+    position: Tensor,
+    saved: Sequence[Tensor],
+    grads: Sequence[Tensor],
+) -> list[Tensor]:
+    like = [*anchor, *anchor, *anchor, *initial_weights, *initial_momenta, *tokens]
+    return [x.new_empty(x.shape) for x in like]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.spec, ctx.save = inputs[:6], inputs[6]
+    anchor, _, _, initial_weights, initial_momenta, tokens, valid, position = inputs[7:]
+    ctx.count = len(anchor)
+    ends = output[: 1 + 3 * ctx.count]
+    ctx.like = [(x.shape, x.dtype, x.device) for x in ends]
+    ctx.save_for_backward(*anchor, *initial_weights, *initial_momenta, *tokens, valid, position, *output[len(ends) :])
+
+
+def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    if not ctx.save:
+        raise UsageError("memory_scan ran without gradients enabled and cannot be differentiated")
+    n = ctx.count
+    kept = list(ctx.saved_tensors)  # Once: activation checkpointing unpacks at every access.
+    given, saved = kept[: 3 * n + 8], kept[3 * n + 8 :]
+    ends = [
+        torch.zeros(s[0], dtype=s[1], device=s[2]) if g is None else g.contiguous()
+        for g, s in zip(grads[: 1 + 3 * n], ctx.like, strict=True)
+    ]
+    lists = given[:n], given[n : 2 * n], given[2 * n : 3 * n], given[3 * n : 3 * n + 6]
+    result = backward_op(*ctx.spec, *lists, *given[-2:], saved, ends)
+    parts = [result[i * n : (i + 1) * n] for i in range(5)]
+    return (*[None] * 7, *parts, result[5 * n :], None, None)
+
+
+torch.library.register_autograd("titans_graph::memory_scan", _backward, setup_context=_setup_context)

@@ -1,0 +1,132 @@
+"""State as a value: saving, loading, forking, reordering, resetting, and refusing what does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.utils._pytree as pytree
+from safetensors.torch import save_file
+
+import titans_graph as tg
+from tests.models import ALL, MODELS, example, small
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_saved_state_goes_on_exactly(name: str, tmp_path: Path) -> None:
+    model = small(name)
+    x = example(model, 2, 25)
+    _, state = model(x[:, :14])
+    state.save(tmp_path / "s.safetensors")
+    loaded = tg.State.load(model, tmp_path / "s.safetensors")
+    assert torch.equal(model(x[:, 14:], state)[0], model(x[:, 14:], loaded)[0])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_can_be_reordered(name: str) -> None:
+    model = small(name)
+    x = example(model, 3, 20)
+    _, state = model(x[:, :9])
+    order = torch.tensor([2, 0, 0, 1])
+    y, _ = model(x[order, 9:], state.reorder(order))
+    assert (y - model(x)[0][order, 9:]).abs().max() <= 1e-9
+
+
+def test_a_fork_and_a_call_leave_the_original_alone() -> None:
+    model = small("mac")
+    x = example(model, 2, 20)
+    _, state = model(x[:, :9])
+    before = [t.clone() for t in pytree.tree_leaves(state)]
+    fork = state.fork()
+    model(x[:, 9:], state)
+    for t in pytree.tree_leaves(fork):
+        if isinstance(t, torch.Tensor):
+            t.data.zero_()
+    assert all(torch.equal(a, b) for a, b in zip(before, pytree.tree_leaves(state), strict=True))
+
+
+def test_detach_cuts_the_history() -> None:
+    model = small("lmm")
+    x = example(model, 1, 20)
+    y, state = model(x[:, :9])
+    assert any(t.requires_grad for t in pytree.tree_leaves(state))
+    assert not any(t.requires_grad for t in pytree.tree_leaves(state.detach()))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_size_of_the_state_is_constant_unless_said(name: str) -> None:
+    model = small(name)
+    sizes = [model(example(model, 1, n))[1].bytes for n in (1, 9, 64, 200)]
+    if model.summary().grows:
+        assert sizes[-1] > sizes[0]
+        assert "grows" in model.summary().text()
+    else:
+        assert len(set(sizes)) == 1
+        assert sizes[0] == model.summary().state_bytes
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_reset_row_is_like_new(name: str) -> None:
+    model = small(name)
+    x = example(model, 2, 22)
+    _, state = model(x[:, :13])
+    again = state.reset(torch.tensor([True, False]))
+    fresh = model.initial_state(2)
+    for node, tensors in again.nodes.items():
+        for key, t in tensors.items():
+            want = fresh.nodes[node][key]
+            assert torch.equal(t[0, : want.shape[1]], want[0]), (node, key)
+            assert torch.equal(t[1], state.nodes[node][key][1])
+
+
+def test_states_of_another_spec_are_refused(tmp_path: Path) -> None:
+    mac, lmm = small("mac"), small("lmm")
+    _, state = lmm(example(lmm, 2, 5))
+    with pytest.raises(tg.StateError, match="another spec"):
+        mac(example(mac, 2, 5), state)
+    state.save(tmp_path / "s.safetensors")
+    with pytest.raises(tg.StateError, match="another spec"):
+        tg.State.load(mac, tmp_path / "s.safetensors")
+    other_chunk = small("lmm", chunk=2)
+    with pytest.raises(tg.StateError, match="another spec"):
+        tg.State.load(other_chunk, tmp_path / "s.safetensors")
+
+
+def test_damaged_state_files_are_named_errors(tmp_path: Path) -> None:
+    model = small("mag")
+    _, state = model(example(model, 2, 9))
+    path = tmp_path / "s.safetensors"
+    state.save(path)
+    good = path.read_bytes()
+    damaged = {
+        "empty": b"",
+        "short": good[: len(good) // 2],
+        "junk": b"\x80\x04junk" * 100,
+        "length": b"\xff" * 8 + good[8:],
+        "header": good[:40] + b"\x00\x01\x02" + good[43:],
+    }
+    for kind, content in damaged.items():
+        path.write_bytes(content)
+        with pytest.raises(tg.StateError):
+            tg.State.load(model, path)
+        assert kind
+    save_file({"position": torch.zeros(2)}, path)
+    with pytest.raises(tg.StateError, match="not a state"):
+        tg.State.load(model, path)
+    with pytest.raises(tg.StateError, match="cannot read"):
+        tg.State.load(model, tmp_path / "none")
+
+
+def test_rows_out_of_range_are_refused() -> None:
+    state = small("lmm").initial_state(2)
+    with pytest.raises(tg.StateError, match="0..1"):
+        state.reorder([2])
+    with pytest.raises(tg.StateError, match="0..1"):
+        state.reset([-1])
+
+
+def test_the_batch_must_fit() -> None:
+    model = small("lmm")
+    with pytest.raises(tg.StateError, match="2 rows, the input 3"):
+        model(example(model, 3, 4), model.initial_state(2))

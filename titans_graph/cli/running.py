@@ -1,0 +1,238 @@
+"""``train``, ``generate``, ``eval`` and ``demo``: what takes time."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from titans_graph.cli.options import Commands, add_spec, command, settings
+from titans_graph.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from titans_graph.training.checkpoint import Checkpoint
+
+DATA_HELP = "a text file or a folder of text files (default: the Python standard library's sources)"
+
+
+def add_commands(commands: Commands) -> None:
+    """Add the parsers of this module's commands."""
+    _add_train(commands)
+    _add_generate(commands)
+    _add_eval(commands)
+    _add_demo(commands)
+
+
+def run_train(options: argparse.Namespace) -> int:
+    """Train, or go on training."""
+    import torch
+
+    import titans_graph as tg
+    from titans_graph.tasks import text
+    from titans_graph.training.folder import set_aside
+    from titans_graph.training.loop import print_note, train
+
+    config = TrainConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(TrainConfig)})
+    torch.manual_seed(config.seed)
+    model = tg.load(options.spec, **settings(options.set))
+    data = text.load(options.data)
+    print_note(data.report)
+    out = options.out or Path("runs") / model.name
+    if options.fresh and (aside := set_aside(out)):
+        print_note(f"the earlier run is now {aside}")
+    print_note(f"{model.name}: {model.summary().parameters:,} parameters; writing to {out}")
+    result = train(model, data, config, out)
+    if result.signal:
+        print_note(f"stopped after step {result.step} of {result.steps}; the same command goes on from there")
+        return 128 + result.signal
+    print(f"{out}: step {result.step}, {result.bits_per_byte:.4f} bits per byte of validation text")
+    print_note(f"next: titans-graph generate {out} --prompt 'import '\n      titans-graph eval {out}")
+    return 0
+
+
+def run_generate(options: argparse.Namespace) -> int:
+    """The prompt and its continuation, as it comes."""
+    from titans_graph.training.denormals import flushed
+    from titans_graph.training.generate import generate
+
+    model, _ = _trained(options.checkpoint)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+    pieces = generate(
+        model,
+        options.prompt,
+        tokens=options.tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        seed=options.seed,
+    )
+    print(options.prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace"), end="", flush=True)
+    with flushed():
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+def run_eval(options: argparse.Namespace) -> int:
+    """Bits per byte of a checkpoint and of the floors on the same bytes."""
+    from titans_graph.tasks import text
+    from titans_graph.tasks.floors import floors
+    from titans_graph.training.denormals import flushed
+    from titans_graph.training.evaluate import bits_per_byte, restart_of
+
+    model, checkpoint = _trained(options.checkpoint)
+    config = TrainConfig.from_plain(checkpoint.progress["config"])
+    data = text.load(options.data)
+    print(data.report, file=sys.stderr)
+    stretch = data.stretch(options.bytes)
+    restart = restart_of(options.restart, config.length, bool(model.summary().grows))
+    model.eval()
+    with flushed():
+        value = bits_per_byte(model, stretch, restart=restart, device=next(model.parameters()).device)
+    how = f"state fresh every {restart} bytes" if restart else "one long stream"
+    print(f"{model.name:<12} {value:.4f} bits per byte ({how}, step {checkpoint.step}, {len(stretch):,} bytes)")
+    for name, floor in floors(data.train, stretch).rows():
+        print(f"{name:<12} {floor:.4f}")
+    return 0
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    """Train two small models on the same text and compare them."""
+    import titans_graph as tg
+    from titans_graph.tasks import text
+    from titans_graph.training import demo
+    from titans_graph.training.loop import print_note
+
+    data = text.load(options.data)
+    print_note(data.report)
+    if options.fresh:
+        demo.set_aside(options.out, print_note)
+    result = demo.demo(
+        tg.load,
+        data,
+        options.out,
+        minutes=options.minutes or demo.MINUTES,
+        models=demo.MODELS,
+        config=demo.CONFIG,
+    )
+    if result.signal:
+        print_note("stopped; the same command goes on from there")
+        return 128 + result.signal
+    print(f"\n{demo.table(result, demo.CONFIG)}\n\nthe {result.rows[0].name} goes on after {demo.PROMPT!r}:\n")
+    print(f"{demo.PROMPT}{result.sample}\n")
+    print(f"loss curves: {options.out / 'loss.png'}\n{_next_steps(options.out / result.rows[0].name)}")
+    return 0
+
+
+def _next_steps(run: Path) -> str:
+    return (
+        "where to look next\n"
+        "  README.md                                      a tour of the project; docs/ has the rest\n"
+        "  titans-graph show mac                          the graph of the model you just trained\n"
+        "  titans-graph show mac --code                   the code it was compiled to\n"
+        f"  titans-graph generate {run} --prompt 'class '\n"
+        "  titans-graph train mac --data YOUR_TEXT --out runs/mine"
+    )
+
+
+def _trained(path: Path) -> tuple[Any, Checkpoint]:
+    """The model of a checkpoint on the best device there is, and the checkpoint."""
+    import torch
+
+    import titans_graph as tg
+    from titans_graph.training.checkpoint import find
+    from titans_graph.training.loop import print_note
+
+    checkpoint = find(path, print_note)
+    model = checkpoint.model(tg.load)
+    if torch.cuda.is_available():
+        model.to("cuda")
+    return model, checkpoint
+
+
+def _add_train(commands: Commands) -> None:
+    train = command(
+        commands,
+        "train",
+        "train a spec on text, byte by byte",
+        "train mac --set dim=128 layers=2 --data my-texts/ --out runs/mac --steps 2000\n"
+        "  torchrun --nproc-per-node 2 -m titans_graph.cli train mac --out runs/mac",
+        "A run in the same folder with the same settings goes on where it stopped.",
+    )
+    add_spec(train)
+    train.add_argument("--data", type=Path, metavar="PATH", help=DATA_HELP)
+    train.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/NAME)")
+    train.add_argument("--fresh", action="store_true", help="set an earlier run in that folder aside and start anew")
+    for field in dataclasses.fields(TrainConfig):
+        _add_setting(train, field)
+    train.set_defaults(run=run_train)
+
+
+def _add_setting(parser: argparse.ArgumentParser, field: dataclasses.Field[Any]) -> None:
+    flag = f"--{field.name.replace('_', '-')}"
+    text = f"{field.metadata['doc']} (default: {field.default}; {field.metadata['reason']})".replace("%", "%%")
+    if field.default is False:
+        parser.add_argument(flag, action="store_true", help=text)
+    else:
+        choices = field.metadata["choices"] or None
+        metavar = None if choices else "N"
+        parser.add_argument(
+            flag, type=type(field.default), default=field.default, choices=choices, metavar=metavar, help=text
+        )
+
+
+def _add_generate(commands: Commands) -> None:
+    generate = command(
+        commands,
+        "generate",
+        "continue a prompt with a trained model",
+        "generate runs/mac --prompt 'import ' --tokens 200",
+    )
+    generate.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="folder of a run, or of one of its checkpoints"
+    )
+    generate.add_argument("--prompt", default="\n", metavar="TEXT", help="text to go on from (default: a newline)")
+    generate.add_argument("--tokens", type=int, default=256, metavar="N", help="bytes to generate (default: 256)")
+    generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest byte (default: 0.8)")
+    generate.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest bytes; 0: from all (default)"
+    )
+    generate.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
+    generate.set_defaults(run=run_generate)
+
+
+def _add_eval(commands: Commands) -> None:
+    evaluate = command(
+        commands, "eval", "measure a trained model in bits per byte, beside simple floors", "eval runs/mac"
+    )
+    evaluate.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="folder of a run, or of one of its checkpoints"
+    )
+    evaluate.add_argument("--data", type=Path, metavar="PATH", help=DATA_HELP + "; its validation part is measured")
+    evaluate.add_argument(
+        "--bytes", type=int, default=262144, metavar="N", help="validation bytes; 0: all (default: 262144)"
+    )
+    evaluate.add_argument(
+        "--restart",
+        type=int,
+        default=-1,
+        metavar="N",
+        help="fresh state every N bytes; 0: never; -1 (default): never, or every training length where it grows",
+    )
+    evaluate.set_defaults(run=run_eval)
+
+
+def _add_demo(commands: Commands) -> None:
+    demo = command(
+        commands, "demo", "train a small Titans and a transformer of the same size in five minutes", "demo --minutes 3"
+    )
+    demo.add_argument("--minutes", type=float, metavar="M", help="time for both trainings together")
+    demo.add_argument("--data", type=Path, metavar="PATH", help=DATA_HELP)
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder (default: runs/demo)")
+    demo.add_argument(
+        "--fresh", action="store_true", help="start anew instead of going on with the demo in that folder"
+    )
+    demo.set_defaults(run=run_demo)

@@ -1,0 +1,134 @@
+"""Pass ``lower``: the plan becomes functions, one for each distinct region, and a tree of modules that hold parameters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx, nn
+
+from titans_graph.lowering.code import input_names, local_name, lower
+from titans_graph.passes import Compilation, Pass, Region
+
+
+@dataclass(frozen=True)
+class Code:
+    """One function: its ``fx`` module, and the ``forward`` that every equal region calls with its own parameters."""
+
+    key: str
+    module: fx.GraphModule
+    forward: Callable[..., Any]
+    regions: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """The generated Python source, without the lines that only free values."""
+        return re.sub(r";\s+[\w = ]+ = None", "", str(self.module.code)).strip()
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """The result of lowering: ``modules`` is the tree of components, ``codes`` the functions by key, ``whole`` and
+    ``token`` the key of each region of the two programs, in order."""
+
+    modules: nn.Module
+    codes: Mapping[str, Code]
+    whole: tuple[str, ...]
+    token: tuple[str, ...]
+
+    def text(self) -> str:
+        """All generated functions, each with the regions it serves."""
+        parts = []
+        for code in self.codes.values():
+            body = code.text.replace("def forward(", f"def {code.key}(", 1)
+            parts.append(f"# {', '.join(code.regions)}\n{body}")
+        return "\n\n\n".join(parts) + "\n"
+
+
+class Holder(nn.Module):
+    """A level of the tree of modules: a block instance, or the whole model. Computes nothing itself."""
+
+    def find(self, path: str) -> nn.Module:
+        """The module at a dotted path; the holder itself for the empty one."""
+        return self.get_submodule(path)
+
+
+@dataclass(frozen=True)
+class Lower(Pass):
+    """Build the components, and write one function for every distinct region."""
+
+    name = "lower"
+
+    def check_before(self, c: Compilation) -> None:
+        """There is a plan."""
+        assert c.whole is not None and c.token is not None
+
+    def run(self, c: Compilation) -> Compilation:
+        """Fill ``lowered``."""
+        assert c.whole is not None and c.token is not None
+        modules = build_modules(c)
+        codes: dict[str, Code] = {}
+        keys: dict[str, str] = {}
+        whole = tuple(_code(c, r, modules, codes, keys) for r in c.whole.regions)
+        token = tuple(_code(c, r, modules, codes, keys) for r in c.token.regions)
+        return replace(c, lowered=Lowered(modules, codes, whole, token))
+
+    def check_after(self, c: Compilation) -> None:
+        """Every region has a function."""
+        assert len(c.lowered.whole) == len(c.whole.regions) and len(c.lowered.token) == len(c.token.regions)  # type: ignore[union-attr]
+
+
+def build_modules(c: Compilation) -> Holder:
+    """The components as a tree of modules that follows the paths (``layers.0.memory``), in order of declaration."""
+    root = Holder()
+    for name, node in c.nodes.items():
+        *path, last = name.split(".")
+        level: nn.Module = root
+        for part in path:
+            if part not in level._modules:
+                level.add_module(part, Holder())
+            level = level.get_submodule(part)
+        component = node.component(c.sites[name])  # type: ignore[call-arg]
+        level.add_module(last, component)  # type: ignore[arg-type]
+    return root
+
+
+def _code(c: Compilation, region: Region, modules: Holder, codes: dict[str, Code], keys: dict[str, str]) -> str:
+    """The key of the function for a region; written now unless an equal region came before."""
+    signature = _signature(c, region) if c.share else region.name
+    if signature in keys:
+        code = codes[keys[signature]]
+        codes[code.key] = replace(code, regions=(*code.regions, region.name))
+        return code.key
+    key = _key(region, codes)
+    module = fx.GraphModule(modules.find(region.instance), lower(c, region), class_name=key)
+    codes[key] = Code(key, module, type(module).forward, (region.name,))
+    keys[signature] = key
+    return key
+
+
+def _key(region: Region, codes: Mapping[str, Code]) -> str:
+    base = "_".join(p for p in region.name.replace(":", ".").split(".") if not p.isdigit())
+    key, count = base, 2
+    while key in codes:
+        key, count = f"{base}_{count}", count + 1
+    return key
+
+
+def _signature(c: Compilation, region: Region) -> str:
+    """Equal for regions that can share one function: same calls in the same wiring, same parameters, same types."""
+    parts: list[object] = [region.kind, region.period, input_names(c, region)]
+    sources = {ref: f"in{i}" for i, ref in enumerate(region.inputs)}
+    for step in region.steps:
+        local, site = local_name(region, step.node), c.sites[step.node]
+        wiring = [
+            (port, [sources.get(ref, local_name(region, ref.node) + "." + ref.port) for ref in c.nodes[step.node].inputs[port]])
+            for port in step.stage.inputs
+        ]
+        types = sorted((port, values) for port, values in site.inputs.items())
+        parts.append((local, step.stage, wiring, c.nodes[step.node].use, site.parameters, types, site.segment, site.dim))
+        parts.append(sorted(site.used))
+    parts.append([local_name(region, ref.node) + "." + ref.port for ref in region.outputs])
+    return repr(parts)

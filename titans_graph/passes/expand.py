@@ -1,0 +1,145 @@
+"""Pass ``expand``: blocks and repetitions become component instances with paths (``layers.0.memory``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from titans_graph.errors import AlgebraicLoop, LimitExceeded, SpecError
+from titans_graph.graph import Block, Graph, Node, Ref
+from titans_graph.passes.base import Pass
+from titans_graph.passes.compilation import Binding, Compilation, FlatNode
+from titans_graph.registry import known, lookup
+
+MAXIMUM_NODES = 100_000
+MAXIMUM_DEPTH = 200
+
+
+@dataclass(frozen=True)
+class Expand(Pass):
+    """Every use of a block is replaced by the block's nodes; references are followed through block borders."""
+
+    name = "expand"
+
+    def run(self, c: Compilation) -> Compilation:
+        """Fill ``nodes``, ``inputs`` and ``outputs``."""
+        main = c.graph.main
+        scope = _Scope(c.graph, main, "", None, None)
+        nodes = {n.name: n for n in scope.flatten()}
+        outputs = {name: found for name, ref in main.outputs.items() if (found := scope.resolve(ref)) is not None}
+        bindings = tuple(scope.bindings())
+        return replace(c, nodes=nodes, inputs=dict(main.inputs), outputs=outputs, bindings=bindings)
+
+    def check_after(self, c: Compilation) -> None:
+        """Only components are left, every reference names a node or a graph input."""
+        for node in c.nodes.values():
+            assert known(node.use), node.use
+            for refs in node.inputs.values():
+                assert all(ref.node in c.nodes or ref.node in c.inputs for ref in refs), node.name
+
+
+@dataclass(frozen=True)
+class _Scope:
+    """One block instance: where its inputs come from is asked of the scope around it."""
+
+    graph: Graph
+    block: Block
+    path: str
+    parent: _Scope | None
+    inputs: Mapping[str, Ref] | None
+    depth: int = 0
+
+    def flatten(self) -> list[FlatNode]:
+        found: list[FlatNode] = []
+        for node in self.block.nodes:
+            for copy in range(node.repeat):
+                if known(node.use):
+                    found.append(self._leaf(node, copy))
+                elif node.use in self.graph.blocks:
+                    found.extend(self._inner(node, copy).flatten())
+                if len(found) > MAXIMUM_NODES:
+                    raise SpecError([LimitExceeded(f"more than {MAXIMUM_NODES} nodes", node.span, node.name)])
+        return found
+
+    def bindings(self) -> list[Binding]:
+        """What every block instance inside this scope gets at its inputs."""
+        found: list[Binding] = []
+        for node in self.block.nodes:
+            if known(node.use) or node.use not in self.graph.blocks:
+                continue
+            for copy in range(node.repeat):
+                inner = self._inner(node, copy)
+                for port, declared in inner.block.inputs.items():
+                    actual = inner.resolve(Ref(port))
+                    if actual is not None:
+                        name = f"{self.block.name}.{node.name}" if self.path else node.name
+                        found.append(Binding(declared, actual, port, inner.block.name, name, node.place(port)))
+                found.extend(inner.bindings())
+        return found
+
+    def _name(self, node: Node, copy: int) -> str:
+        local = f"{node.name}.{copy}" if node.repeat > 1 or not known(node.use) else node.name
+        return f"{self.path}.{local}" if self.path else local
+
+    def _leaf(self, node: Node, copy: int) -> FlatNode:
+        first = next(iter(lookup(node.use).inputs), None)
+        inputs, labels = {}, {}
+        for port, refs in node.inputs.items():
+            if copy and first is not None and port == first.name:
+                inputs[port] = (Ref(self._name(node, copy - 1), self._first_output(node)),)
+                labels[port] = (f"{node.name}.{copy - 1}",)
+                continue
+            pairs = [(found, ref.text()) for ref in refs if (found := self.resolve(ref)) is not None]
+            inputs[port] = tuple(found for found, _ in pairs)
+            labels[port] = tuple(label for _, label in pairs)
+        own = next(iter(self.block.inputs), None)
+        return FlatNode(
+            name=self._name(node, copy),
+            use=node.use,
+            instance=self.path,
+            block=self.block.name,
+            values=node.parameters,
+            inputs=inputs,
+            labels=labels,
+            segment=self.block.segment,
+            first_input=self.resolve(Ref(own)) if own is not None else None,
+            span=node.span,
+            spans=node.spans,
+        )
+
+    def _inner(self, node: Node, copy: int) -> _Scope:
+        if self.depth > MAXIMUM_DEPTH:
+            raise SpecError([LimitExceeded("blocks are nested too deeply", node.span, node.name)])
+        block = self.graph.blocks[node.use]
+        inputs = {port: refs[0] for port, refs in node.inputs.items() if refs}
+        first = next(iter(block.inputs), None)
+        if copy and first is not None:
+            inputs[first] = Ref(f"{node.name}#{copy - 1}")
+        return _Scope(self.graph, block, self._name(node, copy), self, inputs, self.depth + 1)
+
+    @staticmethod
+    def _first_output(node: Node) -> str:
+        return lookup(node.use).outputs[0].name
+
+    def resolve(self, ref: Ref, hops: int = 0) -> Ref | None:
+        """The component output or graph input behind a reference; None where it is broken (reported elsewhere)."""
+        if hops > 10_000:
+            raise SpecError([AlgebraicLoop(f"{ref.text()!r} is connected only to itself", self.block.span)])
+        if ref.node in self.block.inputs:
+            if self.parent is None:
+                return Ref(ref.node)
+            source = (self.inputs or {}).get(ref.node)
+            return self.parent.resolve(source, hops + 1) if source is not None else None
+        name, _, copied = ref.node.partition("#")
+        node = self.block.node(name)
+        if node is None:
+            return None
+        copy = int(copied) if copied else node.repeat - 1
+        if known(node.use):
+            return Ref(self._name(node, copy), ref.port or self._first_output(node))
+        if node.use not in self.graph.blocks:
+            return None
+        inner = self._inner(node, copy)
+        port = ref.port or next(iter(inner.block.outputs), "")
+        found = inner.block.outputs.get(port)
+        return inner.resolve(found, hops + 1) if found is not None else None

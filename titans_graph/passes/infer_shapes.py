@@ -1,0 +1,188 @@
+"""Pass ``infer-shapes``: parameters become dataclasses, and every port gets its type.
+
+Types flow along edges until nothing changes, because a feedback path has no first node; then every node is asked once
+more with all its inputs known, and what it refuses becomes a diagnostic with the places both values come from.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from titans_graph.errors import Diagnostic, ShapeMismatch
+from titans_graph.graph import Ref
+from titans_graph.passes.base import Pass
+from titans_graph.passes.compilation import Binding, Compilation, FlatNode
+from titans_graph.registry import Port, Site, SiteError, parse_parameters
+from titans_graph.shapes import Value
+
+ACCEPTS = {
+    "stream": ("a stream [B, T, dim]", Value.is_stream),
+    "ids": ("ids [B, T]", Value.is_ids),
+    "fixed": ("elements that belong to no token [n, dim]", Value.is_fixed),
+    "sequence": ("features", lambda v: v.dim is not None),
+}
+
+
+@dataclass(frozen=True)
+class InferShapes(Pass):
+    """Fill ``types``, ``sites`` and ``period``; report what does not fit."""
+
+    name = "infer-shapes"
+
+    def run(self, c: Compilation) -> Compilation:
+        """Infer to a fixed point, then check every node."""
+        state = _Inference(c)
+        state.settle()
+        found = state.check()
+        periods = [p for name, site in state.sites.items() for p in _periods(c.nodes[name], site)]
+        return replace(c, types=state.types, sites=state.sites, period=_lcm(periods)).report(*found)
+
+
+def _periods(node: FlatNode, site: Site) -> tuple[int, ...]:
+    segment = (site.segment,) if site.segment is not None else ()
+    return (*node.component.periods(site), *segment)
+
+
+def _lcm(numbers: list[int]) -> int:
+    return math.lcm(*numbers) if numbers else 1
+
+
+class _Inference:
+    """The working state of one inference: what is known so far."""
+
+    def __init__(self, c: Compilation) -> None:
+        self.c = c
+        self.types: dict[Ref, Value] = {Ref(name): value for name, value in c.inputs.items()}
+        self.sites: dict[str, Site] = {}
+        self.parameters: dict[str, Any] = {}
+        self.found: list[Diagnostic] = []
+        self.failed: set[str] = set()
+        self._parse()
+
+    def _parse(self) -> None:
+        for node in self.c.nodes.values():
+            parameters, problems = parse_parameters(node.component.Parameters, node.values)
+            if parameters is None:
+                # Reported with the declared graph; only what validation cannot know is new here.
+                self.failed.add(node.name)
+                self.found += [p.kind(p.message, node.place(p.key), node.declared, p.help) for p in problems]
+            self.parameters[node.name] = parameters
+
+    def settle(self) -> None:
+        """Let types flow until nothing changes; nodes that refuse what they see stay unknown."""
+        waiting = [n for n in self.c.nodes.values() if n.name not in self.failed]
+        used = self._users()
+        changed = True
+        while changed and waiting:
+            changed = False
+            for node in list(waiting):
+                partial = node.component.partial
+                site = self._site(node, used, partial=partial)
+                if site is None or self._bad_ports(node, site):
+                    continue
+                try:
+                    outputs = node.component.infer(site)
+                except SiteError:
+                    continue
+                new = {Ref(node.name, port): value.named(node.local) for port, value in outputs.items()}
+                fresh = {ref: value for ref, value in new.items() if ref not in self.types}
+                self.types.update(fresh)
+                changed = changed or bool(fresh)
+                if len(new) == len(node.component.outputs):
+                    waiting.remove(node)
+
+    def _users(self) -> dict[str, frozenset[str]]:
+        used: dict[str, set[str]] = {}
+        for node in self.c.nodes.values():
+            for refs in node.inputs.values():
+                for ref in refs:
+                    used.setdefault(ref.node, set()).add(ref.port)
+        for ref in self.c.outputs.values():
+            used.setdefault(ref.node, set()).add(ref.port)
+        return {name: frozenset(ports) for name, ports in used.items()}
+
+    def _site(self, node: FlatNode, used: dict[str, frozenset[str]], *, partial: bool) -> Site | None:
+        inputs = {}
+        for port, refs in node.inputs.items():
+            values = [self.types.get(ref) for ref in refs]
+            known = tuple(v.named(label) for v, label in zip(values, node.labels[port], strict=True) if v is not None)
+            if len(known) < len(refs):
+                if partial:
+                    continue
+                return None
+            inputs[port] = known
+        around = self.types.get(node.first_input) if node.first_input is not None else None
+        dim = around.dim if around is not None else None
+        return Site(node.name, self.parameters[node.name], inputs, node.segment, dim, used.get(node.name, frozenset()))
+
+    def check(self) -> list[Diagnostic]:
+        """Ask every node whose inputs are known once more; what it refuses is reported."""
+        self.found += [problem for b in self.c.bindings if (problem := self._misfit(b)) is not None]
+        used = self._users()
+        for node in self.c.nodes.values():
+            if node.name in self.failed:
+                continue
+            site = self._site(node, used, partial=False)
+            if site is None:
+                continue
+            bad = self._bad_ports(node, site)
+            if bad:
+                self.found += bad
+                continue
+            try:
+                node.component.infer(site)
+                node.component.periods(site)
+            except SiteError as error:
+                self.found.append(self._refusal(node, site, error))
+                continue
+            self.sites[node.name] = site
+        return self.found
+
+    def _misfit(self, binding: Binding) -> Diagnostic | None:
+        actual, declared = self.types.get(binding.actual), binding.declared
+        same = actual is not None and (actual.dim == declared.dim and len(actual.pieces) == 1 and actual.timed)
+        if actual is None or same:
+            return None
+        source = self.c.nodes.get(binding.actual.node)
+        origin = f"{source.declared!r}" if source is not None else f"graph input {binding.actual.node!r}"
+        message = (
+            f"input {binding.port!r} of block {binding.block!r} is declared {declared.text()}, "
+            f"got {actual.text()} from {origin}"
+        )
+        return ShapeMismatch(message, binding.span, binding.node)
+
+    def _bad_ports(self, node: FlatNode, site: Site) -> list[Diagnostic]:
+        found: list[Diagnostic] = []
+        for port in node.component.inputs:
+            for index, value in enumerate(site.inputs.get(port.name, ())):
+                wanted, fits = ACCEPTS[port.accepts]
+                if not fits(value):
+                    found.append(self._bad_port(node, port, index, value, wanted))
+        return found
+
+    def _bad_port(self, node: FlatNode, port: Port, index: int, value: Value, wanted: str) -> Diagnostic:
+        message = f"input {port.name!r} of {node.use} needs {wanted}, got {value.text()} from {self._origin(node, port.name, index)}"
+        help = "pick one piece with sequence.slice" if len(value.pieces) > 1 else ""
+        return ShapeMismatch(message, node.place(port.name), node.declared, help)
+
+    def _origin(self, node: FlatNode, port: str, index: int) -> str:
+        label = node.labels[port][index]
+        ref = node.inputs[port][index]
+        source = self.c.nodes.get(ref.node)
+        if source is None:
+            return f"graph input {label!r}"
+        place = source.span
+        return f"{label!r}" + (f" ({place.file}:{place.line})" if place is not None else "")
+
+    def _refusal(self, node: FlatNode, site: Site, error: SiteError) -> Diagnostic:
+        message = error.message
+        if error.kind is ShapeMismatch:
+            sources = [
+                f"{port} {value.text()} from {self._origin(node, port, index)}"
+                for port, values in site.inputs.items()
+                for index, value in enumerate(values)
+            ]
+            message += " (" + "; ".join(sources) + ")" if sources else ""
+        return error.kind(message, node.place(error.key), node.declared, error.help)

@@ -1,0 +1,270 @@
+"""The model: a sound graph as an ``nn.Module`` with explicit state."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from titans_graph.errors import InputError, StateError
+from titans_graph.graph import Graph
+from titans_graph.lowering import Holder, Lowered
+from titans_graph.passes import Compilation
+from titans_graph.runtime.layout import Layout, grid_layout, room_for, token_layout
+from titans_graph.runtime.runner import Driver, Eager, Runner
+from titans_graph.runtime.state import State
+from titans_graph.spec import to_yaml
+
+if TYPE_CHECKING:
+    from titans_graph.runtime.compiled import Report
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Size and cost of a model: parameter count, bytes of state a row, FLOPs a token forward, whether state grows."""
+
+    parameters: int
+    state_bytes: int
+    flops: float
+    grows: bool
+
+    def text(self) -> str:
+        """One line for people."""
+        grows = " and grows with the tokens read (full attention)" if self.grows else ", constant"
+        return (
+            f"{self.parameters:,} parameters; state {self.state_bytes:,} bytes a row{grows}; "
+            f"{self.flops / 1e6:,.2f} MFLOP a token forward"
+        )
+
+
+class Model(nn.Module):
+    """A compiled graph. Call it with the input and a state; it returns the output and the next state.
+
+    ``y, state = model(x, state=None, *, document=None)`` with x ``[B, T]`` int64 (a language model) or ``[B, T, dim]`` (a
+    block), y ``[B, T, vocab]`` or ``[B, T, dim]``. For every way to cut the input into parts, calling the model part by
+    part with the state handed on gives the same result as one call.
+    """
+
+    def __init__(self, compilation: Compilation) -> None:
+        super().__init__()
+        lowered: Lowered = compilation.lowered
+        self.compilation = compilation
+        self.body = lowered.modules
+        self._runner: Runner = Eager(lowered)
+        self.fingerprint = fingerprint(compilation.graph)
+        self.growing = frozenset(
+            f"nodes/{n}/{k}" for n in self._stateful() if compilation.nodes[n].component.grows for k in self._part(n, 1)
+        )
+
+    @property
+    def name(self) -> str:
+        """The graph's name."""
+        return self.compilation.graph.name
+
+    @property
+    def graph(self) -> Graph:
+        """The declared graph."""
+        return self.compilation.graph
+
+    @property
+    def spec(self) -> str:
+        """The resolved spec as YAML; building it again gives the same architecture."""
+        return to_yaml(self.compilation.graph)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    def _stateful(self) -> list[str]:
+        return [n for n, node in self.compilation.nodes.items() if node.component.stateful]
+
+    def _part(self, node: str, batch: int) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.body.get_submodule(node).initial_state(batch)  # type: ignore[operator]
+        return state
+
+    def _fresh(self, batch: int) -> dict[str, dict[str, Tensor]]:
+        with torch.no_grad():
+            return {n: self._part(n, batch) for n in self._stateful()}
+
+    def initial_state(self, batch: int) -> State:
+        """The state of ``batch`` rows before their first token."""
+        position = torch.zeros(batch, dtype=torch.int64)
+        return State(position, torch.full((batch,), -1), self._fresh(batch), self.fingerprint, self._fresh)
+
+    def summary(self) -> Summary:
+        """Parameters, state bytes a row, FLOPs a token."""
+        c = self.compilation
+        return Summary(
+            parameters=sum(p.numel() for p in self.parameters()),
+            state_bytes=self.initial_state(1).bytes,
+            flops=sum(c.nodes[n].component.flops(c.sites[n]) for n in c.nodes),
+            grows=any(c.nodes[n].component.grows for n in self._stateful()),
+        )
+
+    def forward(self, x: Tensor, state: State | None = None, *, document: Tensor | None = None) -> tuple[Any, State]:
+        """Read ``T`` more tokens.
+
+        x: ``[B, T]`` int64 ids or ``[B, T, dim]``; T may be 0. state: where the rows stand (None: nothing read yet).
+        document: ``[B, T]`` int64 ids >= 0; a token whose id differs from the one before starts a new document, which sees
+        nothing of the others. None: every row goes on with its document.
+
+        Returns the output (a mapping of outputs if the graph declares several) and the state after the last token.
+        Raises InputError and StateError where x, document or state do not fit the model.
+        """
+        self._check_input(x, document)
+        state = self._check_state(x, state)
+        if x.shape[1] == 0:
+            return self._empty(x, state)
+        layout = self._layout(x, state, document)
+        nodes = self._with_room(state.nodes, layout)
+        driver = Driver(self.compilation, self.body, self._runner)
+        (name,) = self.compilation.inputs
+        outputs, new = driver({name: layout.spread(x)}, nodes, layout.clock, layout.used)
+        collected = [layout.collect(y) for y in outputs]
+        after = State(layout.position, layout.document, new, self.fingerprint, self._fresh)
+        return self._result(collected), after
+
+    def _result(self, outputs: list[Any]) -> Any:
+        return outputs[0] if len(outputs) == 1 else dict(zip(self.compilation.outputs, outputs, strict=True))
+
+    def _empty(self, x: Tensor, state: State) -> tuple[Any, State]:
+        types = [self.compilation.types[ref] for ref in self.compilation.outputs.values()]
+        reference = next(self.parameters(), torch.zeros(()))
+        outputs = [reference.new_zeros(x.shape[0], 0, *(() if t.dim is None else (t.dim,))) for t in types]
+        return self._result(outputs), state
+
+    def _layout(self, x: Tensor, state: State, document: Tensor | None) -> Layout:
+        tokens = x.shape[1]
+        ids = document.to("cpu", torch.int64) if document is not None else None
+        if tokens == 1:
+            layout = token_layout(state.position, state.document, ids)
+        else:
+            layout = grid_layout(state.position, state.document, ids, tokens, self.compilation.period)
+        return layout.to(x.device)
+
+    def _with_room(self, nodes: Mapping[str, Mapping[str, Tensor]], layout: Layout) -> Mapping[str, Mapping[str, Tensor]]:
+        """Growing caches get their new capacity before calls that keep it: single tokens, and segments of a loop."""
+        if not self.growing:
+            return nodes
+        looped = {n for loop in self.compilation.loops for n in loop.nodes}
+        single = layout.clock.valid.shape[1] == 1
+        room = room_for(layout.position)
+        return {
+            n: {
+                k: _grow(t, room) if f"nodes/{n}/{k}" in self.growing and (single or n in looped) else t
+                for k, t in tensors.items()
+            }
+            for n, tensors in nodes.items()
+        }
+
+    def _check_input(self, x: Tensor, document: Tensor | None) -> None:
+        ((name, kind),) = self.compilation.inputs.items()
+        if not isinstance(x, Tensor):
+            raise InputError(f"input {name!r} must be a tensor {kind.text()}, got {type(x).__name__}")
+        if kind.dim is None:
+            self._check_ids(name, x)
+        elif x.dim() != 3 or x.shape[2] != kind.dim or not x.is_floating_point():
+            raise InputError(f"input {name!r} must be floating point {kind.text()}, got {list(x.shape)} {x.dtype}")
+        reference = next(self.parameters(), None)
+        if reference is not None and x.device != reference.device:
+            raise InputError(f"input {name!r} is on {x.device}, the model on {reference.device}; move one of them")
+        if reference is not None and kind.dim is not None and x.dtype != reference.dtype and not _autocast(x):
+            raise InputError(f"input {name!r} is {x.dtype}, the model {reference.dtype}; convert one of them")
+        if document is not None:
+            self._check_document(x, document)
+
+    def _check_ids(self, name: str, x: Tensor) -> None:
+        if x.dim() != 2 or x.dtype not in (torch.int64, torch.int32):
+            raise InputError(f"input {name!r} must be ids [B, T] int64, got {list(x.shape)} {x.dtype}")
+        vocab = self._vocabulary()
+        if vocab is not None and x.numel() and x.device.type == "cpu":
+            low, high = int(x.min()), int(x.max())
+            if low < 0 or high >= vocab:
+                raise InputError(f"ids must be in 0..{vocab - 1} (the vocabulary), got {low}..{high}")
+
+    def _vocabulary(self) -> int | None:
+        c = self.compilation
+        sizes = [c.sites[n].parameters.vocab for n, node in c.nodes.items() if node.use == "embedding"]
+        return min(sizes) if sizes else None
+
+    @staticmethod
+    def _check_document(x: Tensor, document: Tensor) -> None:
+        if document.shape != x.shape[:2] or document.is_floating_point() or document.dtype == torch.bool:
+            raise InputError(f"document must be ids {list(x.shape[:2])} int64, got {list(document.shape)} {document.dtype}")
+        if document.numel() and int(document.min()) < 0:
+            raise InputError("document ids must be 0 or more")
+
+    def _check_state(self, x: Tensor, state: State | None) -> State:
+        if state is None:
+            return self.initial_state(x.shape[0])
+        if not isinstance(state, State):
+            raise StateError(f"state must be a titans_graph.State, got {type(state).__name__}")
+        if state.fingerprint != self.fingerprint:
+            raise StateError(f"this state belongs to another spec than {self.name!r}")
+        if state.batch != x.shape[0]:
+            raise StateError(f"the state has {state.batch} rows, the input {x.shape[0]}; use state.reorder(rows)")
+        return state
+
+    def compile(self, **options: Any) -> Compiled:  # type: ignore[override]
+        """A model that shares these parameters and runs regions through ``torch.compile`` (every region fullgraph).
+
+        Where no C++ compiler is found on a CPU machine it runs uncompiled and says so once. options go to
+        ``torch.compile`` (``mode``, ``options``).
+        """
+        from titans_graph.runtime.compiled import CompiledRunner
+
+        twin = Compiled.__new__(Compiled)
+        twin.__dict__ = copy.copy(self.__dict__)
+        twin._runner = CompiledRunner(self.compilation.lowered, self.compilation.period, options)
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Model:
+        """A model with parameters of its own."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        shared = {"compilation", "_runner"}
+        twin.__dict__ = {k: v if k in shared else copy.deepcopy(v, memo) for k, v in self.__dict__.items()}
+        return twin
+
+
+class Compiled(Model):
+    """A model whose regions run compiled; made by :meth:`Model.compile`."""
+
+    _runner: Any
+
+    def report(self) -> Report:
+        """What was compiled: variants of each region, graph breaks, recompiles, seconds."""
+        report: Report = self._runner.report()
+        return report
+
+    def warm_up(self, batch: int, *, training: bool = False, device: torch.device | None = None) -> Report:
+        """Build every variant for this batch size now: one token, and a longer call; with gradients if ``training``."""
+        from titans_graph.runtime.compiled import warm_up
+
+        return warm_up(self, batch, training)
+
+
+def _grow(cache: Tensor, room: int) -> Tensor:
+    if cache.shape[1] >= room:
+        return cache
+    return torch.cat([cache, cache.new_zeros(cache.shape[0], room - cache.shape[1], *cache.shape[2:])], dim=1)
+
+
+def _autocast(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)
+
+
+def fingerprint(graph: Graph) -> str:
+    """A name for the architecture: equal for graphs with the same text, whatever the file is called."""
+    from dataclasses import replace
+
+    return hashlib.sha256(replace(graph, name="").text().encode()).hexdigest()
+
+
+__all__ = ["Compiled", "Holder", "Model", "Summary", "fingerprint"]

@@ -1,0 +1,206 @@
+"""Checkpoints: everything a run needs to go on exactly, and everything ``generate`` needs to build the model again.
+
+``RUN/checkpoints/step-00000200/`` holds
+
+- ``weights.safetensors``    parameters and buffers by name;
+- ``optimizer.safetensors``  AdamW's moments as ``parameter/moment``, and torch's random states;
+- ``progress.json``          step, seconds so far, last validation, the run's identity, Python's and NumPy's random
+  states;
+- ``spec.yaml``              the resolved spec;
+- ``manifest.json``          sizes and checksums of the above.
+
+No pickle: a checkpoint from somebody else can be opened without running their code.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from titans_graph.errors import CheckpointError
+from titans_graph.training import atomic
+from titans_graph.training.interface import Build, LanguageModel
+
+WEIGHTS, OPTIMIZER, PROGRESS, SPEC = "weights.safetensors", "optimizer.safetensors", "progress.json", "spec.yaml"
+_RANDOM = "random/"
+
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint folder whose every byte is as written. ``step`` counts finished optimizer steps."""
+
+    path: Path
+    progress: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Finished optimizer steps."""
+        return int(self.progress["step"])
+
+    def weights(self) -> dict[str, Tensor]:
+        """Parameters and buffers by name, on the CPU."""
+        return load_file(self.path / WEIGHTS)
+
+    def model(self, build: Build) -> LanguageModel:
+        """The model, built from the spec in the checkpoint, with its trained weights."""
+        model = build(str(self.path / SPEC))
+        load_weights(model, self)
+        return model
+
+
+def load_weights(model: LanguageModel, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's weights into a model; CheckpointError where they do not fit."""
+    try:
+        model.load_state_dict(checkpoint.weights())
+    except RuntimeError as error:
+        raise CheckpointError(f"{checkpoint.path}: the weights do not fit the model {model.name!r}: {error}") from error
+
+
+def save_checkpoint(
+    run: Path, model: LanguageModel, optimizer: torch.optim.Optimizer, progress: dict[str, Any], keep: int = 2
+) -> Path:
+    """Write the checkpoint of ``progress["step"]`` under ``run`` and drop all but the last ``keep``.
+
+    Atomic: see :mod:`titans_graph.training.atomic`. CheckpointError naming the path where the disk refuses.
+    """
+    folder = _folder(run) / _name(progress["step"])
+    files = {
+        WEIGHTS: save(_portable(model.state_dict())),
+        OPTIMIZER: save(_portable(_optimizer_tensors(model, optimizer) | _random_tensors())),
+        PROGRESS: json.dumps(progress | {"random": _random_plain()}, indent=1).encode(),
+        SPEC: model.spec.encode(),
+    }
+    atomic.write_folder(folder, files)
+    # Newer ones were passed over as damaged when this run was resumed from an earlier one.
+    _remove(run, [p for p in _candidates(run) if p.name > folder.name])
+    prune(run, progress["step"], keep)
+    return folder
+
+
+def prune(run: Path, step: int, keep: int) -> None:
+    """Remove all but the last ``keep`` of the checkpoints up to ``step``; newer ones stay."""
+    _remove(run, [p for p in _candidates(run) if p.name <= _name(step)][keep:])
+
+
+def newest(run: Path, note: Note) -> Checkpoint | None:
+    """The newest undamaged checkpoint under ``run``; None where there is none at all.
+
+    Damaged ones are passed over, each with a note. CheckpointError where all of them are damaged.
+    """
+    candidates = _candidates(run)
+    for folder in candidates:
+        wrong = atomic.damage(folder)
+        if not wrong:
+            return _read(folder)
+        note(f"note: {folder} is damaged ({wrong}); falling back to the checkpoint before it")
+    if candidates:
+        raise CheckpointError(
+            f"{_folder(run)}: every checkpoint is damaged\n  help: start again in another folder, or with --fresh"
+        )
+    return None
+
+
+def find(path: str | Path, note: Note) -> Checkpoint:
+    """The checkpoint a user means by ``path``: a checkpoint folder, or a run's folder (its newest undamaged one)."""
+    path = Path(path)
+    if (path / atomic.MANIFEST).is_file():
+        wrong = atomic.damage(path)
+        if wrong:
+            raise CheckpointError(
+                f"{path}: damaged: {wrong}\n  help: name the run's folder to get its newest undamaged checkpoint"
+            )
+        return _read(path)
+    found = newest(path.parent if path.name == "checkpoints" else path, note)
+    if found is None:
+        raise CheckpointError(
+            f"{path}: no checkpoint here\n  help: give the --out folder of a training run, or one of its checkpoints"
+        )
+    return found
+
+
+def restore(checkpoint: Checkpoint, model: LanguageModel, optimizer: torch.optim.Optimizer) -> None:
+    """Put weights, optimizer moments and random states back, so that the next step is the one that would have come."""
+    load_weights(model, checkpoint)
+    saved = load_file(checkpoint.path / OPTIMIZER)
+    for name, parameter in model.named_parameters():
+        moments = {key.rpartition("/")[2]: value for key, value in saved.items() if key.startswith(name + "/")}
+        if moments:
+            optimizer.state[parameter] = {
+                key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()
+            }
+    _restore_random(saved, checkpoint.progress["random"])
+
+
+def _read(folder: Path) -> Checkpoint:
+    try:
+        return Checkpoint(folder, json.loads((folder / PROGRESS).read_bytes()))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: no training checkpoint ({error})") from error
+
+
+def _folder(run: Path) -> Path:
+    return run / "checkpoints"
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _remove(run: Path, folders: list[Path]) -> None:
+    try:
+        for folder in folders:
+            atomic.remove_folder(folder)
+    except OSError as error:
+        raise CheckpointError(f"{_folder(run)}: an old checkpoint cannot be removed: {error}") from error
+
+
+def _candidates(run: Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    return sorted((p for p in _folder(run).glob("step-*") if p.is_dir()), reverse=True)
+
+
+def _portable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU that share no memory, as the file format wants."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def _optimizer_tensors(model: LanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}/{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _random_tensors() -> dict[str, Tensor]:
+    states = {f"{_RANDOM}cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"{_RANDOM}cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def _random_plain() -> dict[str, Any]:
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return {"python": random.getstate(), "numpy": [str(kind), [int(k) for k in keys], *rest]}
+
+
+def _restore_random(saved: dict[str, Tensor], plain: dict[str, Any]) -> None:
+    torch.set_rng_state(saved[f"{_RANDOM}cpu"])
+    for i in range(torch.cuda.device_count()):
+        if f"{_RANDOM}cuda{i}" in saved:
+            torch.cuda.set_rng_state(saved[f"{_RANDOM}cuda{i}"], i)
+    version, internal, gauss = plain["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = plain["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
