@@ -20,6 +20,7 @@ from titans_graph.errors import (
     UnusedParameter,
     UsageError,
     WrongType,
+    raise_errors,
 )
 from titans_graph.graph.hints import EnoughMistakes, hint
 from titans_graph.graph.limits import MAIN, NAME
@@ -149,9 +150,7 @@ class Builder:
 
     def build(self, **options: Any) -> Any:
         """The model; options as for ``titans_graph.build``. SpecError with all mistakes."""
-        _, problems, _ = self._declare()
-        if problems:
-            raise SpecError(self.check())
+        raise_errors(self.check())
         return importlib.import_module("titans_graph").build(self.graph(), **options)
 
     def _mistake(self, kind: type[Diagnostic], message: str, node: str, help: str = "") -> None:

@@ -45,8 +45,8 @@ class AttentionParameters:
 
 @dataclass(frozen=True)
 class AnyParameters:
-    value: Any = parameter(None, doc="anything")
-    other: Any = parameter(None, doc="anything")
+    value: Any = parameter(None, doc="anything")  # noqa: RUF009
+    other: Any = parameter(None, doc="anything")  # noqa: RUF009
 
 
 class Norm(Component):

@@ -70,9 +70,7 @@ def test_odd_words_are_quoted() -> None:
         ("x" * 1_000_001, LimitExceeded, (1, 1), "the text is larger than 1000000 bytes"),
     ],
 )
-def test_bad_text_is_a_spec_error_with_its_place(
-    text: str, kind: type, place: tuple[int, int], message: str
-) -> None:
+def test_bad_text_is_a_spec_error_with_its_place(text: str, kind: type, place: tuple[int, int], message: str) -> None:
     with pytest.raises(SpecError) as caught:
         parse(text, "g.txt")
     first = caught.value.diagnostics[0]

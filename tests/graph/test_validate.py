@@ -77,7 +77,9 @@ def test_a_diagnostic_points_at_the_value_or_the_key() -> None:
         "      |                      ^^^\n"
         "  help: did you mean 'eps'?"
     )
-    assert only(check("  y = norm.fake(x=x) eps=true")).render().splitlines()[2] == "      |                          ^^^^"
+    assert (
+        only(check("  y = norm.fake(x=x) eps=true")).render().splitlines()[2] == "      |                          ^^^^"
+    )
 
 
 def test_without_places_the_node_is_named() -> None:
@@ -160,6 +162,7 @@ def test_endless_values_are_refused() -> None:
         node = Node("y", "any.fake", {"value": value}, {"x": (Ref("x"),)})
         graph = Graph("g", Block("main", {"x": stream(8)}, (node,), {"y": Ref("y")}))
         assert type(only(validate(graph))) is WrongType
+        assert prune(graph, frozenset({("main", "y")})).main.nodes[0].parameters == {}
 
 
 @pytest.mark.parametrize(

@@ -62,9 +62,29 @@ def test_values_that_grow_deep_through_parameters_are_refused() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["a: &a [*a]", "a: &a {<<: *a}", "a: *a", "%YAML 9.9\n---\na", "%YAML " + "9" * 5000 + ".1\n---\na", '"\\UFFFFFFFF"',
-     '"\\ud800', "\t- a", "a: b: c", "`", "@a", "a:\n\tb: c", "!<", "&", "*", "|3x\n", "\x1b[31m", "\ud800", "'", "? ? ?"],
-)  # fmt: skip
+    [
+        "a: &a [*a]",
+        "a: &a {<<: *a}",
+        "a: *a",
+        "%YAML 9.9\n---\na",
+        "%YAML " + "9" * 5000 + ".1\n---\na",
+        '"\\UFFFFFFFF"',
+        '"\\ud800',
+        "\t- a",
+        "a: b: c",
+        "`",
+        "@a",
+        "a:\n\tb: c",
+        "!<",
+        "&",
+        "*",
+        "|3x\n",
+        "\x1b[31m",
+        "\ud800",
+        "'",
+        "? ? ?",
+    ],
+)
 def test_malformed_texts_are_diagnostics(text: str) -> None:
     tree, problems = compose(text, "x.yaml")
     assert tree is None or problems
@@ -83,9 +103,23 @@ def test_thousands_of_mistakes_are_cut_off() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["(" * 150 + "$a", "-" * 150 + "$a", "$a" + "*$a" * 60, "$a * 1e308 * 1e308", "$a" + " + 1" * 100, "$a ** $a", "$a $a",
-     "$a + $text", "$a + $flag", "$", "$a +", "()$a", "$a / 0", "$a // 0.0"],
-)  # fmt: skip
+    [
+        "(" * 150 + "$a",
+        "-" * 150 + "$a",
+        "$a" + "*$a" * 60,
+        "$a * 1e308 * 1e308",
+        "$a" + " + 1" * 100,
+        "$a ** $a",
+        "$a $a",
+        "$a + $text",
+        "$a + $flag",
+        "$",
+        "$a +",
+        "()$a",
+        "$a / 0",
+        "$a // 0.0",
+    ],
+)
 def test_bad_formulas_are_errors(text: str) -> None:
     with pytest.raises(FormulaError):
         evaluate(text, {"a": 2**40, "text": "x", "flag": True})
@@ -93,7 +127,15 @@ def test_bad_formulas_are_errors(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("$a", 7), ("$a * 4", 28), ("$a // 2", 3), ("$a / 2", 3.5), ("2 * ($a + 1) - -3", 19), ("$a-1", 6), ("1e1*$a", 70.0)],
+    [
+        ("$a", 7),
+        ("$a * 4", 28),
+        ("$a // 2", 3),
+        ("$a / 2", 3.5),
+        ("2 * ($a + 1) - -3", 19),
+        ("$a-1", 6),
+        ("1e1*$a", 70.0),
+    ],
 )
 def test_formulas(text: str, value: float) -> None:
     result = evaluate(text, {"a": 7})

@@ -69,8 +69,11 @@ def test_a_spec_becomes_a_graph() -> None:
 
 def test_blocks_used_with_other_parameters_become_other_blocks() -> None:
     use = "  layers: {use: mac, in: embedded, repeat: $layers}\n"
-    more = changed(use, "  a: {use: mac, in: embedded}\n  b: {use: mac, in: a, expansion: 2}\n"
-                   "  c: {use: mac, in: b, expansion: 4}\n  layers: {use: mac, in: c, expansion: $layers}\n")
+    more = changed(
+        use,
+        "  a: {use: mac, in: embedded}\n  b: {use: mac, in: a, expansion: 2}\n"
+        "  c: {use: mac, in: b, expansion: 4}\n  layers: {use: mac, in: c, expansion: $layers}\n",
+    )
     graph = read_text(more).graph
     assert graph is not None
     assert [n.use for n in graph.main.nodes[1:5]] == ["mac", "mac.2", "mac", "mac.2"]
@@ -89,7 +92,9 @@ def test_parameters_build_on_each_other_and_are_overridden() -> None:
 
 def test_anchors_and_merge_keys() -> None:
     text = changed("{use: norm.fake, in: x, eps: 1e-3}", "&n {use: norm.fake, in: x, eps: 1e-3}")
-    text = text.replace("y: {use: add.fake, in: [x, attended", "z: {<<: *n, eps: 0.5}\n      y: {use: add.fake, in: [z, attended")
+    text = text.replace(
+        "y: {use: add.fake, in: [x, attended", "z: {<<: *n, eps: 0.5}\n      y: {use: add.fake, in: [z, attended"
+    )
     declared = read_text(text)
     assert declared.diagnostics == []
     assert declared.graph is not None
@@ -157,7 +162,13 @@ CASES: list[tuple[str, str, str, str, str]] = [
     ("{expansion: 4}", "{expansion: 4, x: $layers}", "DuplicateKey", "'x' is both an input and a parameter", "x: $"),
     ("  logits:", "  spare: {use: norm.fake, in: layers}\n  logits:", "UnusedNode", "node 'spare' is never", "spare"),
     ("{tokens: [B, T]}", "{tokens: [B, T], q: [B, T]}", "UnusedNode", "input 'q' is never used", "[B, T]}"),
-    ("blocks:\n", "blocks:\n  idle: {input: {x: [B, T]}, nodes: {}, output: x}\n", "UnusedNode", "block 'idle'", "idle"),
+    (
+        "blocks:\n",
+        "blocks:\n  idle: {input: {x: [B, T]}, nodes: {}, output: x}\n",
+        "UnusedNode",
+        "block 'idle'",
+        "idle",
+    ),
     ("add.fake, in: [memory.recalled, normed]", "mac, in: normed", "LimitExceeded", "block 'mac' contains", "mac, in"),
     ("vocab: 256", "vocab: !!python/object:os.system {}", "SyntaxProblem", "tag 'tag:yaml.org,2002:python", "!!py"),
     ("blocks:\n", "blocks:\n  bad: 3\n", "WrongType", "block 'bad' is not a mapping", "3\n"),
@@ -178,20 +189,23 @@ def test_one_mistake_gives_one_diagnostic_in_its_place(old: str, new: str, kind:
     assert text.splitlines()[problem.span.line - 1][problem.span.column - 1 :].startswith(at.rstrip("\n"))
 
 
+GOLDEN = """\
+mac.yaml:17:21: error: unknown component 'norm.fkae'
+    17 |       normed: {use: norm.fkae, in: x, eps: 1e-3, eps: 2}
+       |                     ^^^^^^^^^
+  help: did you mean 'norm.fake'?
+mac.yaml:17:50: error: key 'eps' stands here again
+    17 |       normed: {use: norm.fkae, in: x, eps: 1e-3, eps: 2}
+       |                                                  ^^^
+  help: first at 17:39
+graph: error: spec mac.yaml has no parameter 'dmi'
+  help: did you mean 'dim'?"""
+
+
 def test_diagnostics_as_people_see_them() -> None:
     text = changed("use: norm.fake", "use: norm.fkae").replace("eps: 1e-3", "eps: 1e-3, eps: 2")
     rendered = [d.render() for d in read_text(text, "mac.yaml", dmi=3).diagnostics]
-    assert rendered == [
-        "mac.yaml:17:21: error: unknown component 'norm.fkae'\n"
-        "    17 |       normed: {use: norm.fkae, in: x, eps: 1e-3, eps: 2}\n"
-        "       |                     ^^^^^^^^^\n"
-        "  help: did you mean 'norm.fake'?",
-        "mac.yaml:17:50: error: key 'eps' stands here again\n"
-        "    17 |       normed: {use: norm.fkae, in: x, eps: 1e-3, eps: 2}\n"
-        "       |                                                  ^^^\n"
-        "  help: first at 17:39",
-        "graph: error: spec mac.yaml has no parameter 'dmi'\n  help: did you mean 'dim'?",
-    ]
+    assert "\n".join(rendered) == GOLDEN
 
 
 @pytest.mark.parametrize(
@@ -210,7 +224,7 @@ def test_bad_overrides(overrides: dict[str, Any], message: str) -> None:
 
 def test_a_broken_spec_gives_what_can_be_followed() -> None:
     declared = read_text(changed("in: embedded", "in: nothing").replace("eps: 1e-3", "eps: $no"))
-    assert declared.broken == {("main", "layers"), ("mac", "normed")} or ("main", "layers") in declared.broken
+    assert declared.broken == {("main", "layers"), ("mac", "normed")}
     assert declared.graph is not None
     layers = declared.graph.main.node("layers")
     assert layers is not None
@@ -233,7 +247,10 @@ def test_files_are_found_read_and_refused(tmp_path: Path) -> None:
     assert declared.graph.name == "small"
     file.write_bytes(b"titans_graph: 1\nname: caf\xe9\n")
     problem = only(read(file))
-    assert (problem.message, problem.span and (problem.span.line, problem.span.column)) == ("byte 0xe9 is not UTF-8", (2, 10))
+    assert (problem.message, problem.span and (problem.span.line, problem.span.column)) == (
+        "byte 0xe9 is not UTF-8",
+        (2, 10),
+    )
     file.write_bytes(b"#" * 1_000_001)
     assert type(only(read(file))) is errors.LimitExceeded
     with pytest.raises(UsageError, match="is a folder"):

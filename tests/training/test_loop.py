@@ -231,11 +231,12 @@ def test_two_processes_share_one_batch(tmp_path: Path, reference: Path) -> None:
     """The same losses as one process, up to the order of summation."""
     program = tmp_path / "program.py"
     program.write_text(
-        "import sys\nfrom pathlib import Path\nfrom tests.training.data import run\nrun(Path(sys.argv[1]))\n"
+        "import sys\nfrom pathlib import Path\nfrom tests.training.data import quick, run\n"
+        "run(Path(sys.argv[1]), quick(device=sys.argv[2]))\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29641"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     done = subprocess.run(
-        [*command, str(program), str(tmp_path / "run")],
+        [*command, str(program), str(tmp_path / "run"), "cpu" if torch.accelerator.is_available() else "auto"],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,

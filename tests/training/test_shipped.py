@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from titans_graph.training.evaluate import bits_per_byte
 from titans_graph.training.generate import generate
 from titans_graph.training.loop import train
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "mac": {"dim": 16, "layers": 1, "heads": 2, "hidden": 4, "segment": 8, "chunk": 4, "persistent": 2},
     "transformer": {"dim": 16, "layers": 1, "heads": 2},
 }

@@ -32,7 +32,7 @@ def run_train(options: argparse.Namespace) -> int:
     import titans_graph as tg
     from titans_graph.tasks import text
     from titans_graph.training.folder import set_aside
-    from titans_graph.training.loop import print_note, train
+    from titans_graph.training.loop import is_main_process, print_note, train
 
     config = TrainConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(TrainConfig)})
     torch.manual_seed(config.seed)
@@ -40,14 +40,15 @@ def run_train(options: argparse.Namespace) -> int:
     data = text.load(options.data)
     print_note(data.report)
     out = options.out or Path("runs") / model.name
-    if options.fresh and (aside := set_aside(out)):
+    if options.fresh and is_main_process() and (aside := set_aside(out)):
         print_note(f"the earlier run is now {aside}")
     print_note(f"{model.name}: {model.summary().parameters:,} parameters; writing to {out}")
     result = train(model, data, config, out)
     if result.signal:
         print_note(f"stopped after step {result.step} of {result.steps}; the same command goes on from there")
         return 128 + result.signal
-    print(f"{out}: step {result.step}, {result.bits_per_byte:.4f} bits per byte of validation text")
+    if is_main_process():
+        print(f"{out}: step {result.step}, {result.bits_per_byte:.4f} bits per byte of validation text")
     print_note(f"next: titans-graph generate {out} --prompt 'import '\n      titans-graph eval {out}")
     return 0
 

@@ -14,6 +14,8 @@ MAX_DEPTH = 64
 """Nesting of mappings, lists and blocks."""
 MAX_ELEMENTS = 100_000
 """Values in a file after aliases are expanded, and copies of nodes after blocks and repeats are."""
+MAX_BLOCKS = 10_000
+"""Blocks that a spec makes for the parameters they are used with."""
 MAX_REPEAT = 10_000
 """Copies one ``repeat`` makes."""
 MAX_DIAGNOSTICS = 100

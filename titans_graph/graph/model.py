@@ -40,9 +40,9 @@ class Node:
 
     ``parameters`` are the values given in the spec, resolved (defaults are not filled in). ``inputs`` maps input ports
     to references, a tuple even for ports that take one value. ``repeat`` chains that many copies, each reading the one
-    before through its first input. ``span`` is the place of the node. ``spans`` holds places of single keys: ``key`` that of a
-    parameter's value or a port's references (``use`` and ``repeat`` among them), ``key[i]`` of one reference of a list,
-    ``key:`` of the key itself.
+    before through its first input. ``span`` is the place of the node. ``spans`` holds places of single keys:
+    ``key`` that of a parameter's value or a port's references (``use`` and ``repeat`` among them), ``key[i]`` of one
+    reference of a list, ``key:`` of the key itself.
     """
 
     name: str

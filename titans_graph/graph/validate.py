@@ -213,6 +213,8 @@ class _BlockCheck:
         """Values are plain; names, types and ranges are what the component says."""
         for key, value in node.parameters.items():
             problem = plain_problem(value)
+            if not problem and has_unresolved(value):
+                self.findings.broken.add((self.name, node.name))
             if problem:
                 self.report(WrongType, f"parameter {key!r}: {problem}", node.place(key), node.name)
                 return
@@ -280,6 +282,7 @@ class _BlockCheck:
     def check_ref(self, ref: Ref, place: Span | None, node: str) -> str:
         """The name a reference means (the probable one where it is misspelt), or an empty string."""
         if ref is BAD_REF or (self.blind and ref.node not in self.names):
+            self.findings.broken.add((self.name, node))
             self.partial = True
             return ""
         if ref.node not in self.names:

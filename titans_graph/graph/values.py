@@ -84,11 +84,12 @@ def size(value: Any) -> int:
 
 
 def has_unresolved(value: Any) -> bool:
-    """Whether a value is, or holds, one whose mistake is reported already."""
-    stack = [value]
+    """Whether a value is, or holds, one whose mistake is reported already; so does one too large to look through."""
+    stack, seen = [value], 0
     while stack:
         item = stack.pop()
-        if item is UNRESOLVED:
+        seen += 1
+        if item is UNRESOLVED or seen > MAX_ELEMENTS:
             return True
         if isinstance(item, dict):
             stack.extend(item.values())

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from titans_graph.lowering import Lowered
 from titans_graph.passes import Region
 from titans_graph.runtime.layout import LEAST_PERIODS
-from titans_graph.runtime.runner import Function, Nodes
+from titans_graph.runtime.runner import Function
 from titans_graph.shapes import Clock
 
 if TYPE_CHECKING:
@@ -136,15 +136,17 @@ class CompiledRunner:
 
         return compile_region
 
-    def prepare(self, region: Region, values: Sequence[Any], state: Nodes, clock: Clock) -> None:
+    def single_tokens(self) -> bool:
+        """Without gradients only: training on single tokens is rare and not worth the compilation of a second program."""
+        return not torch.is_grad_enabled() or not self.works
+
+    def prepare(self, region: Region, timed: Sequence[Tensor], clock: Clock) -> None:
         """Mark the sizes that vary: the grid's slots, and the capacity of growing caches."""
         if not self.works:
             return
         if region.kind == "whole":
-            slots = clock.valid.shape[1]
-            for tensor in [*_tensors(values), clock.valid, clock.position]:
-                if tensor.dim() >= 2 and tensor.shape[1] == slots:
-                    torch._dynamo.mark_dynamic(tensor, 1, min=LEAST_PERIODS * self.period, max=LARGEST_SIZE)
+            for tensor in [*timed, clock.valid, clock.position]:
+                torch._dynamo.mark_dynamic(tensor, 1, min=LEAST_PERIODS * self.period, max=LARGEST_SIZE)
         torch._dynamo.mark_dynamic(clock.room, 0, min=2, max=LARGEST_SIZE)
 
     def report(self) -> Report:
@@ -178,13 +180,6 @@ def _unguarded_sums() -> Iterator[None]:
         yield
     finally:
         cpp.CppKernel.need_use_acc_helper = original  # type: ignore[method-assign]
-
-
-def _tensors(values: Sequence[Any]) -> list[Tensor]:
-    found: list[Tensor] = []
-    for value in values:
-        found += _tensors(value) if isinstance(value, tuple) else [value]
-    return found
 
 
 @functools.cache

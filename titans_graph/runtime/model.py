@@ -142,7 +142,7 @@ class Model(nn.Module):
     def _layout(self, x: Tensor, state: State, document: Tensor | None) -> Layout:
         tokens = x.shape[1]
         ids = document.to("cpu", torch.int64) if document is not None else None
-        if tokens == 1:
+        if tokens == 1 and self._runner.single_tokens():
             layout = token_layout(state.position, state.document, ids)
         else:
             layout = grid_layout(state.position, state.document, ids, tokens, self.compilation.period)

@@ -25,8 +25,11 @@ class Runner(Protocol):
     def function(self, key: str, region: Region) -> Function:
         """The function of a region."""
 
-    def prepare(self, region: Region, values: Sequence[Any], state: Nodes, clock: Clock) -> None:
-        """Called before each call of a whole or token region's function (a compiled one marks dynamic sizes here)."""
+    def single_tokens(self) -> bool:
+        """Whether calls of one token take the token program (else the grid of a longer call, mostly empty)."""
+
+    def prepare(self, region: Region, timed: Sequence[Tensor], clock: Clock) -> None:
+        """Called before each call of a region's function with the inputs that have time (to mark dynamic sizes)."""
 
 
 class Eager:
@@ -40,7 +43,11 @@ class Eager:
         function: Function = self.lowered.codes[key].forward
         return function
 
-    def prepare(self, region: Region, values: Sequence[Any], state: Nodes, clock: Clock) -> None:
+    def single_tokens(self) -> bool:
+        """Always."""
+        return True
+
+    def prepare(self, region: Region, timed: Sequence[Tensor], clock: Clock) -> None:
         """Nothing to prepare."""
 
 
@@ -109,7 +116,9 @@ class Driver:
     def _call(self, region: Region, key: str, given: list[Any], nodes: Nodes, clock: Clock) -> tuple[Sequence[Any], Nodes]:
         holder = self.modules.get_submodule(region.instance)
         local = {local_name(region, n): dict(state) for n, state in nodes.items()}
-        self.runner.prepare(region, given, local, clock)
+        types = [self.c.types[ref] for ref in region.inputs]
+        pairs = [pair for value, kind in zip(given, types, strict=True) for pair in _timed(value, kind)]
+        self.runner.prepare(region, [t for t, timed in pairs if timed], clock)
         outputs, states = self.runner.function(key, region)(holder, *given, local, clock)
         return outputs, {n: states[local_name(region, n)] for n in nodes}
 

@@ -13,7 +13,7 @@ from typing import Any
 from titans_graph import registry
 from titans_graph.errors import DuplicateKey, LimitExceeded, MissingKey, Span, UnknownKey, UnusedParameter, WrongType
 from titans_graph.graph.hints import hint, nearest
-from titans_graph.graph.limits import MAIN, MAX_ELEMENTS, NAME
+from titans_graph.graph.limits import MAIN, MAX_BLOCKS, MAX_ELEMENTS, NAME
 from titans_graph.graph.model import BAD_REF, Block, Ref
 from titans_graph.graph.nesting import back_edges
 from titans_graph.graph.signature import Signature
@@ -127,8 +127,9 @@ class Blocks:
         if not isinstance(nodes, Table):
             self.lacks(name, "nodes", nodes, span, table, "nodes: {normed: {use: norm.rms, in: x}}")
         self.count += len(entries)
-        if self.count > MAX_ELEMENTS:
-            self.scope.report(LimitExceeded, f"blocks make more than {MAX_ELEMENTS} nodes", span)
+        if self.count > MAX_ELEMENTS or len(self.instances) > MAX_BLOCKS:
+            message = f"blocks make more than {MAX_BLOCKS} blocks or {MAX_ELEMENTS} nodes"
+            self.scope.report(LimitExceeded, message, span)
             raise TooMuch
         spans: dict[str, Span] = {}
         inputs = self.inputs(name, table, span, values, spans)

@@ -93,7 +93,7 @@ class Scope:
             value = self.value(entry.value, below(own, outer))
             problem = plain_problem(value)
             if problem:
-                self.report(WrongType, f"parameter {name!r}: {problem}", entry.value.span)
+                self.report(LimitExceeded, f"parameter {name!r}: {problem}", entry.value.span)
                 value = UNRESOLVED
             own[name] = given.get(name, value)
         return own

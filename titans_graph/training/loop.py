@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import platform
 import sys
 import time
@@ -65,9 +66,15 @@ class TrainResult:
     path: Path
 
 
+def is_main_process() -> bool:
+    """Whether this process speaks for the run: the only one, or the first that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def print_note(text: str) -> None:
-    """Print a note for people, on stderr, where results do not go."""
-    print(text, file=sys.stderr, flush=True)
+    """Print a note for people, on stderr, where results do not go; once, however many processes there are."""
+    if is_main_process():
+        print(text, file=sys.stderr, flush=True)
 
 
 def train(
@@ -286,7 +293,8 @@ class _Run:
 def _accelerator(config: TrainConfig) -> Accelerator:
     from accelerate import Accelerator
 
-    cpu = config.device == "cpu"
+    # Without this, accelerate takes the processes that torchrun starts on a machine without a GPU for single ones.
+    cpu = config.device == "cpu" or not torch.accelerator.is_available()
     bf16 = not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     precision = ("bf16" if bf16 else "no") if config.precision == "auto" else config.precision
     accelerator = Accelerator(cpu=cpu, mixed_precision=precision)
