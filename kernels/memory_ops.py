@@ -59,7 +59,7 @@ def flags_of(valid: Tensor, position: Tensor, chunk: int, heads: int) -> list[Fl
     batch = valid.shape[0]
     first = valid[:, ::chunk]
     restart = first & (position[:, ::chunk] == 0)
-    late = ~first & valid.view(batch, -1, chunk).any(-1)
+    late = ~first & valid.view(batch, valid.shape[1] // chunk, chunk).any(-1)
     host = torch.stack([first.all(0), restart.any(0), late.any(0)], 1).tolist()
     rows = torch.stack([first, restart]).repeat_interleave(heads, 1).unbind(-1)
     return [Flags(r[0], r[1], *h) for r, h in zip(rows, host, strict=True)]

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from tests.graph import fakes
+from tests.ir import fakes
 from titans_graph import registry
 from titans_graph.builder import Builder
 from titans_graph.errors import (
@@ -25,7 +25,7 @@ from titans_graph.errors import (
     UsageError,
     WrongType,
 )
-from titans_graph.graph import parse
+from titans_graph.ir import parse
 from titans_graph.spec import read_text
 
 

@@ -20,14 +20,14 @@ if not (_here / "components").is_dir() and (_here.parent / "components").is_dir(
 if TYPE_CHECKING:
     from titans_graph.builder import Builder
     from titans_graph.errors import Diagnostic, InputError, SpecError, StateError, TitansGraphError
-    from titans_graph.graph import Graph, parse
+    from titans_graph.ir import Graph, parse
     from titans_graph.runtime import Compiled, Model, State, build, check, compilation, graph, load
 
 _PUBLIC = {
     "Builder": "builder",
     "Compiled": "runtime",
     "Diagnostic": "errors",
-    "Graph": "graph.model",
+    "Graph": "ir.model",
     "InputError": "errors",
     "Model": "runtime",
     "SpecError": "errors",
@@ -39,7 +39,7 @@ _PUBLIC = {
     "compilation": "runtime",
     "graph": "runtime",
     "load": "runtime",
-    "parse": "graph.text",
+    "parse": "ir.text",
 }
 
 __all__ = [

@@ -22,13 +22,13 @@ from titans_graph.errors import (
     WrongType,
     raise_errors,
 )
-from titans_graph.graph.hints import EnoughMistakes, hint
-from titans_graph.graph.limits import MAIN, NAME
-from titans_graph.graph.model import BAD_REF, Block, Graph, Node, Ref
-from titans_graph.graph.signature import SUGAR, Signature
-from titans_graph.graph.signature import of as signature_of
-from titans_graph.graph.validate import capped, inspect
-from titans_graph.graph.values import UNRESOLVED, plain, plain_problem
+from titans_graph.ir.hints import EnoughMistakes, hint
+from titans_graph.ir.limits import MAIN, NAME
+from titans_graph.ir.model import BAD_REF, Block, Graph, Node, Ref
+from titans_graph.ir.signature import SUGAR, Signature
+from titans_graph.ir.signature import of as signature_of
+from titans_graph.ir.validate import capped, inspect
+from titans_graph.ir.values import UNRESOLVED, plain, plain_problem
 from titans_graph.shapes import Value, ids
 from titans_graph.spec.formula import names as formula_names
 from titans_graph.spec.scope import Scope

@@ -14,7 +14,8 @@ import pytest
 
 import titans_graph
 from tests.training.data import SENTENCE
-from tests.training.stand_in import StandIn, build
+from tests.training.stand_in import build
+from titans_graph import runtime
 from titans_graph.cli import main
 from titans_graph.errors import Diagnostic, SlowLoop, Span, SpecError, UnknownComponent
 from titans_graph.training import checkpoint, demo
@@ -27,8 +28,8 @@ Replace = Callable[[str, Any], None]
 
 @pytest.fixture
 def replace(monkeypatch: pytest.MonkeyPatch) -> Replace:
-    """Put a stand-in into the public namespace."""
-    return lambda name, value: monkeypatch.setitem(vars(titans_graph), name, value)
+    """Put a stand-in for the compiler in place."""
+    return lambda name, value: monkeypatch.setitem(vars(runtime), name, value)
 
 
 @pytest.fixture
@@ -97,10 +98,7 @@ def test_mistakes_go_to_stderr_and_give_one(replace: Replace, capsys: Capture) -
     assert main(["check", "a.yaml"]) == 1
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert (
-        shown.err
-        == "a.yaml:5:3: error: unknown component 'x'\n    5 |   use: x\n      |   ^\n  help: did you mean 'y'?\n"
-    )
+    assert shown.err == "a.yaml:5:3: error: unknown component 'x'\n    5 |   use: x\n      |   ^\n  help: did you mean 'y'?\n"
 
 
 def test_errors_print_without_a_traceback(replace: Replace, capsys: Capture) -> None:
@@ -221,9 +219,7 @@ def test_starting_up_imports_nothing_heavy() -> None:
     assert not {"torch", "accelerate", "numpy", "matplotlib"} & set(done.stderr.split())
 
 
-def test_drawings_and_schema(
-    tmp_path: Path, replace: Replace, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
+def test_drawings_and_schema(tmp_path: Path, replace: Replace, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     from titans_graph import spec, viz
 
     replace("graph", lambda source: f"graph of {source}")
@@ -241,41 +237,60 @@ def test_drawings_and_schema(
     assert json.loads(capsys.readouterr().out) == {"type": "object"}
 
 
-def test_show_asks_for_what_was_asked(replace: Replace, capsys: Capture) -> None:
-    class Shown:
-        def __init__(self, **asked: Any) -> None:
-            self.asked = asked
+TINY = ["--set", "dim=16", "layers=1", "heads=2", "hidden=4", "segment=8", "chunk=4"]
 
-        def text(self) -> str:
-            return "the graph"
 
-        def table(self) -> str:
-            return f"table {self.asked}"
+def test_show_prints_the_graph_and_its_sizes(capsys: Capture) -> None:
+    assert main(["show", "mac", *TINY]) == 0
+    shown = capsys.readouterr().out
+    assert "memory.neural" in shown
+    assert "parameters, " in shown.splitlines()[-1]
+    assert main(["show", "transformer", "--set", "dim=16", "layers=1"]) == 0
+    assert "growing with every token" in capsys.readouterr().out
 
-        def code(self) -> str:
-            return "code"
 
-        def dump(self, name: str) -> str:
-            return f"after {name}"
+def test_show_passes_and_code(capsys: Capture) -> None:
+    assert main(["show", "mac", "--passes", "--disable", "hoist", *TINY]) == 0
+    shown = capsys.readouterr().out
+    assert [line.split()[0] for line in shown.splitlines()][:3] == ["pass", "expand", "infer-shapes"]
+    assert "left out" in next(line for line in shown.splitlines() if line.startswith("hoist"))
+    assert main(["show", "mac", "--code", *TINY]) == 0
+    assert "def layers_loop(" in capsys.readouterr().out
 
-    replace("graph", lambda spec, **parameters: Shown())
-    replace("compilation", lambda spec, **asked: Shown(**asked))
-    replace("load", lambda spec, **parameters: StandIn(8))
-    assert main(["show", "mac"]) == 0
-    assert capsys.readouterr().out.startswith("the graph\n# 4,360 parameters")
-    assert main(["show", "mac", "--passes", "--disable", "hoist", "--set", "dim=8"]) == 0
-    assert capsys.readouterr().out == "table {'after': None, 'disable': ('hoist',), 'dim': 8}\n"
-    assert main(["show", "mac", "--code"]) == 0
-    assert capsys.readouterr().out == "code\n"
-    assert main(["show", "mac", "--after", "expand"]) == 0
-    assert capsys.readouterr().out == "after expand\n"
+
+def test_show_after_a_pass(capsys: Capture) -> None:
+    assert main(["show", "mac", "--after", "expand", *TINY]) == 0
+    early = capsys.readouterr().out
+    assert "# after expand" in early
+    assert "layers.0.memory = memory.neural(" in early
+    assert "program for" not in early
+    assert main(["show", "mac", "--after", "schedule", *TINY]) == 0
+    late = capsys.readouterr().out
+    assert "loop every 8 tokens: " in late
+    assert "layers.0.memory.open" in late
+    assert "program for one token:" in late
+    assert main(["show", "mac", "--after", "nonsense"]) == 2
+    assert "unknown pass 'nonsense'" in capsys.readouterr().err
+
+
+def test_check_of_a_file_with_a_mistake(tmp_path: Path) -> None:
+    path = tmp_path / "typo.yaml"
+    shipped = (ROOT / "specs" / "mac.yaml").read_text()
+    path.write_text(shipped.replace("use: memory.neural", "use: memory.nueral"))
+    program = "import sys, titans_graph.cli as c; s = c.main(sys.argv[1:]); print(*sys.modules); sys.exit(s)"
+    command = [sys.executable, "-c", program, "check", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "error: unknown component 'memory.nueral'" in done.stderr
+    assert "did you mean 'memory.neural'?" in done.stderr
+    assert not {"accelerate", "matplotlib"} & set(done.stdout.split())
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_a_closed_pipe_gives_141(tmp_path: Path) -> None:
     program = (
-        "import sys, titans_graph\nfrom titans_graph.cli import main\n"
-        "titans_graph.graph = lambda spec: 'x' * 10_000_000\n"
+        "import sys\nfrom titans_graph import runtime\nfrom titans_graph.cli import main\n"
+        "runtime.graph = lambda spec: 'x' * 10_000_000\n"
         "import titans_graph.viz as viz\nviz.mermaid = lambda graph: graph\nsys.exit(main(['draw', 'mac']))\n"
     )
     command = f'{sys.executable} -c "$0" | head -c 1 > {os.devnull}; echo ${{PIPESTATUS[0]}}'

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.graph import fakes
+from tests.ir import fakes
 from titans_graph import registry
-from titans_graph.graph import Block, Graph, Node, Ref, parse, to_text
+from titans_graph.ir import Block, Graph, Node, Ref, parse, to_text
 from titans_graph.shapes import Value, fixed, ids, stream
 from titans_graph.spec import read_text, to_yaml
 

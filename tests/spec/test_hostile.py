@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from titans_graph.errors import LimitExceeded, SyntaxProblem
-from titans_graph.graph.limits import MAX_DIAGNOSTICS
+from titans_graph.ir.limits import MAX_DIAGNOSTICS
 from titans_graph.spec import read_text
 from titans_graph.spec.formula import FormulaError, evaluate
 from titans_graph.spec.tree import compose

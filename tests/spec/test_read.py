@@ -7,7 +7,7 @@ import pytest
 
 from titans_graph import errors
 from titans_graph.errors import Diagnostic, UsageError
-from titans_graph.graph import Ref, validate
+from titans_graph.ir import Ref, validate
 from titans_graph.shapes import fixed, ids, stream
 from titans_graph.spec import Declared, find, read, read_text, shipped, to_yaml
 

@@ -30,9 +30,7 @@ def add_commands(commands: Commands) -> None:
     what.add_argument("--after", metavar="PASS", help="the graph as it stands after a pass")
     what.add_argument("--code", action="store_true", help="the generated PyTorch code")
     what.add_argument("--passes", action="store_true", help="the passes in order, with their times")
-    show.add_argument(
-        "--disable", action="append", default=[], metavar="PASS", help="leave a pass out; may be repeated"
-    )
+    show.add_argument("--disable", action="append", default=[], metavar="PASS", help="leave a pass out; may be repeated")
     show.set_defaults(run=run_show)
 
     draw = command(commands, "draw", "draw a spec's graph", "draw mac --format dot --out mac.dot")
@@ -41,18 +39,16 @@ def add_commands(commands: Commands) -> None:
     draw.add_argument("--out", type=Path, metavar="FILE", help="write to a file instead of the terminal")
     draw.set_defaults(run=run_draw)
 
-    schema = command(
-        commands, "schema", "print the JSON schema of specs, for editors", "schema > titans-graph.schema.json"
-    )
+    schema = command(commands, "schema", "print the JSON schema of specs, for editors", "schema > titans-graph.schema.json")
     schema.set_defaults(run=run_schema)
 
 
 def run_check(options: argparse.Namespace) -> int:
     """Diagnostics on stderr, or one line of sizes; 1 where there is an error among them."""
-    import titans_graph as tg
+    from titans_graph import runtime
 
     values = settings(options.set)
-    diagnostics = tg.check(options.spec, **values)
+    diagnostics = runtime.check(options.spec, **values)
     for diagnostic in diagnostics:
         print(diagnostic.render(), file=sys.stderr)
     if any(d.severity == "error" for d in diagnostics):
@@ -63,29 +59,30 @@ def run_check(options: argparse.Namespace) -> int:
 
 def run_show(options: argparse.Namespace) -> int:
     """The graph and its sizes, or what ``--passes``, ``--after`` or ``--code`` asks for."""
-    import titans_graph as tg
+    import torch
+
+    from titans_graph import runtime
+    from titans_graph.cli import report
 
     values = settings(options.set)
     if not (options.passes or options.after or options.code or options.disable):
-        print(tg.graph(options.spec, **values).text())
+        print(runtime.graph(options.spec, **values).text())
         print(f"# {_sizes(options.spec, values)}")
         return 0
-    compilation = tg.compilation(options.spec, after=options.after, disable=tuple(options.disable), **values)
+    with torch.device("meta"):
+        done = runtime.compilation(options.spec, after=options.after, disable=tuple(options.disable), **values)
     if options.passes:
-        print(compilation.table())
-    elif options.code:
-        print(compilation.code())
+        print(report.passes(done))
     else:
-        print(compilation.dump(options.after))
+        print(done.lowered.text() if options.code else report.program(done))
     return 0
 
 
 def run_draw(options: argparse.Namespace) -> int:
     """A drawing as text, to the terminal or a file."""
-    import titans_graph as tg
-    from titans_graph import viz
+    from titans_graph import runtime, viz
 
-    graph = tg.graph(options.spec, **settings(options.set))
+    graph = runtime.graph(options.spec, **settings(options.set))
     drawing = viz.dot(graph) if options.format == "dot" else viz.mermaid(graph)
     if options.out is None:
         print(drawing)
@@ -107,10 +104,10 @@ def _sizes(spec: str, values: dict[str, Any]) -> str:
     """One line of sizes; no weight is made for it."""
     import torch
 
-    import titans_graph as tg
+    from titans_graph import runtime
 
     with torch.device("meta"):
-        summary = tg.load(spec, **values).summary()
+        summary = runtime.load(spec, **values).summary()
     state = f"{count(summary.state_bytes)} bytes of state a stream"
     if summary.grows:
         state += " (growing with every token: full attention keeps them all)"

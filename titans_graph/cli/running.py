@@ -29,14 +29,14 @@ def run_train(options: argparse.Namespace) -> int:
     """Train, or go on training."""
     import torch
 
-    import titans_graph as tg
+    from titans_graph import runtime
     from titans_graph.tasks import text
     from titans_graph.training.folder import set_aside
     from titans_graph.training.loop import is_main_process, print_note, train
 
     config = TrainConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(TrainConfig)})
     torch.manual_seed(config.seed)
-    model = tg.load(options.spec, **settings(options.set))
+    model = runtime.load(options.spec, **settings(options.set))
     data = text.load(options.data)
     print_note(data.report)
     out = options.out or Path("runs") / model.name
@@ -102,7 +102,7 @@ def run_eval(options: argparse.Namespace) -> int:
 
 def run_demo(options: argparse.Namespace) -> int:
     """Train two small models on the same text and compare them."""
-    import titans_graph as tg
+    from titans_graph import runtime
     from titans_graph.tasks import text
     from titans_graph.training import demo
     from titans_graph.training.loop import print_note
@@ -112,7 +112,7 @@ def run_demo(options: argparse.Namespace) -> int:
     if options.fresh:
         demo.set_aside(options.out, print_note)
     result = demo.demo(
-        tg.load,
+        runtime.load,
         data,
         options.out,
         minutes=options.minutes or demo.MINUTES,
@@ -143,12 +143,12 @@ def _trained(path: Path) -> tuple[Any, Checkpoint]:
     """The model of a checkpoint on the best device there is, and the checkpoint."""
     import torch
 
-    import titans_graph as tg
+    from titans_graph import runtime
     from titans_graph.training.checkpoint import find
     from titans_graph.training.loop import print_note
 
     checkpoint = find(path, print_note)
-    model = checkpoint.model(tg.load)
+    model = checkpoint.model(runtime.load)
     if torch.cuda.is_available():
         model.to("cuda")
     return model, checkpoint
@@ -180,9 +180,7 @@ def _add_setting(parser: argparse.ArgumentParser, field: dataclasses.Field[Any])
     else:
         choices = field.metadata["choices"] or None
         metavar = None if choices else "N"
-        parser.add_argument(
-            flag, type=type(field.default), default=field.default, choices=choices, metavar=metavar, help=text
-        )
+        parser.add_argument(flag, type=type(field.default), default=field.default, choices=choices, metavar=metavar, help=text)
 
 
 def _add_generate(commands: Commands) -> None:
@@ -192,9 +190,7 @@ def _add_generate(commands: Commands) -> None:
         "continue a prompt with a trained model",
         "generate runs/mac --prompt 'import ' --tokens 200",
     )
-    generate.add_argument(
-        "checkpoint", type=Path, metavar="CHECKPOINT", help="folder of a run, or of one of its checkpoints"
-    )
+    generate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder of a run, or of one of its checkpoints")
     generate.add_argument("--prompt", default="\n", metavar="TEXT", help="text to go on from (default: a newline)")
     generate.add_argument("--tokens", type=int, default=256, metavar="N", help="bytes to generate (default: 256)")
     generate.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest byte (default: 0.8)")
@@ -206,16 +202,10 @@ def _add_generate(commands: Commands) -> None:
 
 
 def _add_eval(commands: Commands) -> None:
-    evaluate = command(
-        commands, "eval", "measure a trained model in bits per byte, beside simple floors", "eval runs/mac"
-    )
-    evaluate.add_argument(
-        "checkpoint", type=Path, metavar="CHECKPOINT", help="folder of a run, or of one of its checkpoints"
-    )
+    evaluate = command(commands, "eval", "measure a trained model in bits per byte, beside simple floors", "eval runs/mac")
+    evaluate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder of a run, or of one of its checkpoints")
     evaluate.add_argument("--data", type=Path, metavar="PATH", help=DATA_HELP + "; its validation part is measured")
-    evaluate.add_argument(
-        "--bytes", type=int, default=262144, metavar="N", help="validation bytes; 0: all (default: 262144)"
-    )
+    evaluate.add_argument("--bytes", type=int, default=262144, metavar="N", help="validation bytes; 0: all (default: 262144)")
     evaluate.add_argument(
         "--restart",
         type=int,
@@ -233,7 +223,5 @@ def _add_demo(commands: Commands) -> None:
     demo.add_argument("--minutes", type=float, metavar="M", help="time for both trainings together")
     demo.add_argument("--data", type=Path, metavar="PATH", help=DATA_HELP)
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder (default: runs/demo)")
-    demo.add_argument(
-        "--fresh", action="store_true", help="start anew instead of going on with the demo in that folder"
-    )
+    demo.add_argument("--fresh", action="store_true", help="start anew instead of going on with the demo in that folder")
     demo.set_defaults(run=run_demo)

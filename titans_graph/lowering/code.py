@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from titans_graph.graph import Ref
+from titans_graph.ir import Ref
 from titans_graph.passes import Compilation, Region, Step
 
 

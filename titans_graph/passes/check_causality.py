@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import networkx as nx
 
 from titans_graph.errors import CausalityLeak, Diagnostic
-from titans_graph.graph import Ref
+from titans_graph.ir import Ref
 from titans_graph.passes.base import Pass
 from titans_graph.passes.compilation import Compilation, FlatNode
 from titans_graph.shapes import Dependence

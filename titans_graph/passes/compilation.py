@@ -12,7 +12,7 @@ from typing import Any
 import networkx as nx
 
 from titans_graph.errors import Diagnostic, Span
-from titans_graph.graph import Graph, Ref
+from titans_graph.ir import Graph, Ref
 from titans_graph.registry import Component, Site, lookup
 from titans_graph.shapes import Stage, Value
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from titans_graph.errors import AlgebraicLoop, LimitExceeded, SpecError
-from titans_graph.graph import Block, Graph, Node, Ref
+from titans_graph.ir import Block, Graph, Node, Ref
 from titans_graph.passes.base import Pass
 from titans_graph.passes.compilation import Binding, Compilation, FlatNode
 from titans_graph.registry import known, lookup

@@ -13,7 +13,7 @@ from itertools import pairwise
 import networkx as nx
 
 from titans_graph.errors import AlgebraicLoop, Diagnostic, SegmentProblem, SlowLoop
-from titans_graph.graph import Ref
+from titans_graph.ir import Ref
 from titans_graph.passes.base import Pass
 from titans_graph.passes.compilation import Compilation, Loop
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from titans_graph.errors import Diagnostic, ShapeMismatch
-from titans_graph.graph import Ref
+from titans_graph.ir import Ref
 from titans_graph.passes.base import Pass
 from titans_graph.passes.compilation import Binding, Compilation, FlatNode
 from titans_graph.registry import Port, Site, SiteError, parse_parameters

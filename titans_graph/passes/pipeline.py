@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from titans_graph.errors import UsageError, suggest
-from titans_graph.graph import Graph
+from titans_graph.ir import Graph
 from titans_graph.passes.base import Pass
 from titans_graph.passes.check_causality import CheckCausality
 from titans_graph.passes.choose_kernels import ChooseKernels, Share

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import networkx as nx
 
-from titans_graph.graph import Ref
+from titans_graph.ir import Ref
 from titans_graph.passes.base import Pass
 from titans_graph.passes.compilation import Compilation, Loop, Program, Region, Step
 

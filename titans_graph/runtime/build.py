@@ -7,7 +7,7 @@ from os import PathLike
 from typing import Any
 
 from titans_graph.errors import Diagnostic, SpecError, in_order, raise_errors
-from titans_graph.graph import Graph, validate
+from titans_graph.ir import Graph, validate
 from titans_graph.lowering import Lower
 from titans_graph.passes import CHECKS, PLANS, Compilation, run
 from titans_graph.runtime.model import Model

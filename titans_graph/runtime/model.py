@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from titans_graph.errors import InputError, StateError
-from titans_graph.graph import Graph
+from titans_graph.ir import Graph
 from titans_graph.lowering import Holder, Lowered
 from titans_graph.passes import Compilation
 from titans_graph.runtime.layout import Layout, grid_layout, room_for, token_layout

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from titans_graph.graph import Ref
+from titans_graph.ir import Ref
 from titans_graph.lowering import Lowered
 from titans_graph.lowering.code import local_name
 from titans_graph.passes import Compilation, Region

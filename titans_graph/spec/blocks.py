@@ -12,12 +12,12 @@ from typing import Any
 
 from titans_graph import registry
 from titans_graph.errors import DuplicateKey, LimitExceeded, MissingKey, Span, UnknownKey, UnusedParameter, WrongType
-from titans_graph.graph.hints import hint, nearest
-from titans_graph.graph.limits import MAIN, MAX_BLOCKS, MAX_ELEMENTS, NAME
-from titans_graph.graph.model import BAD_REF, Block, Ref
-from titans_graph.graph.nesting import back_edges
-from titans_graph.graph.signature import Signature
-from titans_graph.graph.values import UNRESOLVED
+from titans_graph.ir.hints import hint, nearest
+from titans_graph.ir.limits import MAIN, MAX_BLOCKS, MAX_ELEMENTS, NAME
+from titans_graph.ir.model import BAD_REF, Block, Ref
+from titans_graph.ir.nesting import back_edges
+from titans_graph.ir.signature import Signature
+from titans_graph.ir.values import UNRESOLVED
 from titans_graph.registry import Port
 from titans_graph.shapes import Value, ids
 from titans_graph.spec.nodes import NodeReader

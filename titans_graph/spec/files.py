@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from titans_graph.errors import LimitExceeded, Span, SyntaxProblem, UsageError
-from titans_graph.graph.hints import nearest
-from titans_graph.graph.limits import MAX_BYTES
+from titans_graph.ir.hints import nearest
+from titans_graph.ir.limits import MAX_BYTES
 from titans_graph.spec.load import Declared, declare
 
 SHIPPED = Path(__file__).resolve().parent.parent / "specs"

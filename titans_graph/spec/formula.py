@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from titans_graph.errors import Diagnostic, LimitExceeded, SyntaxProblem, UnknownName, WrongType
-from titans_graph.graph.hints import hint
-from titans_graph.graph.values import UNRESOLVED, number_problem
+from titans_graph.ir.hints import hint
+from titans_graph.ir.values import UNRESOLVED, number_problem
 
 _NUMBER = r"[0-9]+(?:\.[0-9]*)?(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?"
 _TOKEN = re.compile(rf"\s*(?:\$[^\W\d]\w*|{_NUMBER}|//|[-+*/()])")

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from titans_graph import registry
-from titans_graph.graph.limits import MAX_REPEAT
+from titans_graph.ir.limits import MAX_REPEAT
 from titans_graph.spec.load import VERSION
 
 _FORMULA = {"type": "string", "pattern": r"\$", "description": "a formula: $name, $name * 4"}

@@ -14,10 +14,10 @@ from titans_graph.errors import (
     UnsupportedVersion,
     WrongType,
 )
-from titans_graph.graph.hints import EnoughMistakes
-from titans_graph.graph.limits import MAIN, MAX_BYTES
-from titans_graph.graph.model import Graph
-from titans_graph.graph.validate import capped, inspect, prune
+from titans_graph.ir.hints import EnoughMistakes
+from titans_graph.ir.limits import MAIN, MAX_BYTES
+from titans_graph.ir.model import Graph
+from titans_graph.ir.validate import capped, inspect, prune
 from titans_graph.spec import blocks
 from titans_graph.spec.scope import Scope, mentioned
 from titans_graph.spec.tree import Scalar, Table, Tree, compose

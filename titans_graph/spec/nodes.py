@@ -1,4 +1,4 @@
-"""Nodes of a spec: one entry of ``nodes:`` to a :class:`titans_graph.graph.Node`."""
+"""Nodes of a spec: one entry of ``nodes:`` to a :class:`titans_graph.ir.Node`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from titans_graph import registry
 from titans_graph.errors import DuplicateKey, LimitExceeded, MissingKey, Span, WrongType
-from titans_graph.graph import signature
-from titans_graph.graph.model import Node, Ref
-from titans_graph.graph.nesting import circle_message
-from titans_graph.graph.signature import SUGAR, Signature
-from titans_graph.graph.values import UNRESOLVED
+from titans_graph.ir import signature
+from titans_graph.ir.model import Node, Ref
+from titans_graph.ir.nesting import circle_message
+from titans_graph.ir.signature import SUGAR, Signature
+from titans_graph.ir.values import UNRESOLVED
 from titans_graph.spec.tree import Entry, Items, Scalar, Table, Tree
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from titans_graph.graph.values import number_problem
+from titans_graph.ir.values import number_problem
 
 _WORDS: dict[str, Any] = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL")),

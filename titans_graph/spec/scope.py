@@ -14,9 +14,9 @@ from titans_graph.errors import (
     UnknownParameter,
     WrongType,
 )
-from titans_graph.graph.hints import ENOUGH, EnoughMistakes, hint, meant
-from titans_graph.graph.limits import MAX_ELEMENTS, PARAMETER_NAME, RESERVED
-from titans_graph.graph.values import UNRESOLVED, plain, plain_problem, size
+from titans_graph.ir.hints import ENOUGH, EnoughMistakes, hint, meant
+from titans_graph.ir.limits import MAX_ELEMENTS, PARAMETER_NAME, RESERVED
+from titans_graph.ir.values import UNRESOLVED, plain, plain_problem, size
 from titans_graph.spec.formula import FormulaError, evaluate, is_formula, literal, names
 from titans_graph.spec.tree import Items, Scalar, Table, Tree
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from titans_graph.errors import Span, UnknownName, WrongType
-from titans_graph.graph.hints import hint, meant
-from titans_graph.graph.limits import PARAMETER_NAME
-from titans_graph.graph.values import UNRESOLVED
+from titans_graph.ir.hints import hint, meant
+from titans_graph.ir.limits import PARAMETER_NAME
+from titans_graph.ir.values import UNRESOLVED
 from titans_graph.shapes import Value, fixed, ids, stream
 from titans_graph.spec.formula import is_formula
 from titans_graph.spec.scope import Scope

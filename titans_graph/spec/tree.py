@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from titans_graph.errors import Diagnostic, DuplicateKey, LimitExceeded, Span, SyntaxProblem
-from titans_graph.graph.limits import MAX_DEPTH, MAX_ELEMENTS
-from titans_graph.graph.values import UNRESOLVED
+from titans_graph.ir.limits import MAX_DEPTH, MAX_ELEMENTS
+from titans_graph.ir.values import UNRESOLVED
 from titans_graph.spec.scalars import BadScalar, resolve
 
 _BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")

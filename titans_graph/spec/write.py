@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from titans_graph.graph.model import Block, Graph, Node, Ref
+from titans_graph.ir.model import Block, Graph, Node, Ref
 from titans_graph.spec.formula import escape
 from titans_graph.spec.scalars import resolve
 

@@ -106,9 +106,7 @@ def load(source: str | os.PathLike[str] | None = None, *, cap: int = CAP_BYTES) 
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     if path.exists():
         raise DataError(f"{path}: neither a file nor a folder\n  help: give a text file or a folder of text files")
-    raise DataError(
-        f"{path}: no such file or folder\n  help: leave --data out to use the Python standard library's sources"
-    )
+    raise DataError(f"{path}: no such file or folder\n  help: leave --data out to use the Python standard library's sources")
 
 
 def standard_library(*, cap: int = CAP_BYTES) -> Text:
@@ -128,9 +126,7 @@ def split(documents: Sequence[tuple[str, bytes]], fraction: float = VALIDATION_F
     split depends on nothing but paths and sizes, and the validation part is a sample of the whole, not its last
     folder.
     """
-    order = sorted(
-        range(len(documents)), key=lambda i: hashlib.blake2b(documents[i][0].encode(), digest_size=8).digest()
-    )
+    order = sorted(range(len(documents)), key=lambda i: hashlib.blake2b(documents[i][0].encode(), digest_size=8).digest())
     total = sum(len(content) for _, content in documents)
     held: list[int] = []
     size = 0
@@ -162,8 +158,7 @@ def _from_folder(name: str, root: Path, files: Iterable[Path], cap: int) -> Text
     total = sum(len(content) for _, content in documents)
     if total < SMALLEST:
         raise DataError(
-            f"{name}: {total} bytes of text in {len(documents)} files{notes}\n"
-            "  help: give a folder with more UTF-8 text in it"
+            f"{name}: {total} bytes of text in {len(documents)} files{notes}\n  help: give a folder with more UTF-8 text in it"
         )
     if len(documents) == 1:
         cut = _cut(total)
@@ -225,6 +220,4 @@ def _tensor(content: bytes) -> Tensor:
 def check_vocabulary(size: int) -> None:
     """UsageError unless a model with ``size`` logits can speak bytes."""
     if size < VOCABULARY:
-        raise UsageError(
-            f"the model has {size} logits a token; byte text needs {VOCABULARY}: set the spec's vocabulary to 256"
-        )
+        raise UsageError(f"the model has {size} logits a token; byte text needs {VOCABULARY}: set the spec's vocabulary to 256")

@@ -28,21 +28,15 @@ def setting(
 class TrainConfig:
     """Settings of a run; each default has its reason in the field's metadata. UsageError where a value cannot work."""
 
-    steps: int = setting(
-        2000, doc="optimizer steps", reason="a small model on one machine, in minutes to hours", minimum=1
-    )
+    steps: int = setting(2000, doc="optimizer steps", reason="a small model on one machine, in minutes to hours", minimum=1)
     batch: int = setting(
         16, doc="windows in a step, over all processes", reason="8k bytes a step with the default length", minimum=1
     )
-    length: int = setting(
-        512, doc="bytes in a window", reason="several chunks and segments of the shipped specs", minimum=1
-    )
+    length: int = setting(512, doc="bytes in a window", reason="several chunks and segments of the shipped specs", minimum=1)
     learning_rate: float = setting(
         1e-3, doc="peak learning rate", reason="usual for AdamW below about 50M parameters", minimum=0.0
     )
-    warmup: int = setting(
-        100, doc="steps of linear warm-up", reason="AdamW's second moments need about this many", minimum=0
-    )
+    warmup: int = setting(100, doc="steps of linear warm-up", reason="AdamW's second moments need about this many", minimum=0)
     floor: float = setting(
         0.1, doc="last learning rate, as a fraction of the peak", reason="the usual end of a cosine", minimum=0.0
     )
@@ -69,9 +63,7 @@ class TrainConfig:
         reason="auto: bf16 where a GPU has it, float32 elsewhere",
         choices=("auto", "no", "bf16"),
     )
-    device: str = setting(
-        "auto", doc="auto or cpu", reason="auto: the accelerator if there is one", choices=("auto", "cpu")
-    )
+    device: str = setting("auto", doc="auto or cpu", reason="auto: the accelerator if there is one", choices=("auto", "cpu"))
     compile: bool = setting(
         False, doc="train through model.compile()", reason="compiling takes about a minute; long runs earn it back"
     )

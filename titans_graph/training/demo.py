@@ -173,9 +173,7 @@ def _planned_steps(
         try:
             steps = int(json.loads(plan.read_text())["steps"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{plan}: cannot be read ({error})\n  help: choose another --out, or pass --fresh"
-            ) from error
+            raise CheckpointError(f"{plan}: cannot be read ({error})\n  help: choose another --out, or pass --fresh") from error
         note(f"{out}: a demo of {steps} steps is here; going on with it (--fresh starts a new one)")
         return steps
     seconds = {name: _seconds_per_step(model, text, config) for name, model in built.items()}

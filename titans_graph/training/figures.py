@@ -9,9 +9,7 @@ from typing import Any
 SMOOTHING = 0.9
 
 
-def loss_curves(
-    path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]], floors: Mapping[str, float], title: str
-) -> None:
+def loss_curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]], floors: Mapping[str, float], title: str) -> None:
     """Write a PNG of bits per byte over steps: each run's records (see ``logs.read``), floors as dashed lines.
 
     Training losses are smoothed by an exponential mean over about ten steps; validations are dots. Linear axes.

@@ -60,9 +60,7 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """One line for each thing that differs between two identities; empty where they agree."""
     lines: list[str] = []
     if found.get("fingerprint") != wanted["fingerprint"]:
-        changes = difflib.unified_diff(
-            found.get("spec", "").splitlines(), wanted["spec"].splitlines(), n=0, lineterm=""
-        )
+        changes = difflib.unified_diff(found.get("spec", "").splitlines(), wanted["spec"].splitlines(), n=0, lineterm="")
         shown = [line for line in changes if not line.startswith(("---", "+++", "@@"))]
         lines += ["the spec (- there, + here):", *(f"  {line}" for line in shown[:12])]
         lines += [f"  and {len(shown) - 12} more lines"] if len(shown) > 12 else []
@@ -73,9 +71,7 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
             f"{here['name']!r} with {here['bytes']:,} here"
         )
     old, new = found.get("config", {}), wanted["config"]
-    lines += [
-        f"{key}: {old.get(key)!r} there, {new.get(key)!r} here" for key in new | old if old.get(key) != new.get(key)
-    ]
+    lines += [f"{key}: {old.get(key)!r} there, {new.get(key)!r} here" for key in new | old if old.get(key) != new.get(key)]
     return lines
 
 

@@ -45,9 +45,7 @@ def _decode(values: Iterator[int]) -> Iterator[str]:
         yield rest
 
 
-def _bytes(
-    model: LanguageModel, prompt: bytes, tokens: int, temperature: float, top_k: int, seed: int
-) -> Iterator[int]:
+def _bytes(model: LanguageModel, prompt: bytes, tokens: int, temperature: float, top_k: int, seed: int) -> Iterator[int]:
     device = next(model.parameters()).device
     source = torch.Generator().manual_seed(seed)
     model.eval()

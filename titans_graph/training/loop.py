@@ -129,9 +129,7 @@ def make_optimizer(model: LanguageModel, config: TrainConfig) -> torch.optim.Ada
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=config.learning_rate, betas=(config.beta1, config.beta2)
-    )
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=(config.beta1, config.beta2))
 
 
 class _Run:
@@ -195,9 +193,7 @@ class _Run:
     def _train_step(self) -> float:
         """One optimizer step; the mean loss over all processes, in nats per byte."""
         started = time.perf_counter()
-        windows = self.text.batch(self.config.seed, self.step, self.rows, self.config.length).to(
-            self.accelerator.device
-        )
+        windows = self.text.batch(self.config.seed, self.step, self.rows, self.config.length).to(self.accelerator.device)
         rate = learning_rate(self.config, self.step)
         for group in self.adamw.param_groups:
             group["lr"] = rate
@@ -213,9 +209,7 @@ class _Run:
         elapsed = time.perf_counter() - started
         self.seconds += elapsed
         self.speed = self.config.batch * self.config.length / elapsed
-        self._log(
-            "train", loss=mean, bits_per_byte=mean / math.log(2), lr=rate, grad_norm=norm, tokens_per_s=self.speed
-        )
+        self._log("train", loss=mean, bits_per_byte=mean / math.log(2), lr=rate, grad_norm=norm, tokens_per_s=self.speed)
         return float(mean)
 
     def _evaluate(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from titans_graph.graph import Block, Graph, Node, Ref
+from titans_graph.ir import Block, Graph, Node, Ref
 from titans_graph.registry import known, lookup
 
 # Component family -> (Mermaid class, fill colour): memory and attention stand out.

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from titans_graph.errors import DuplicateKey, LimitExceeded, SpecError, SyntaxProblem
-from titans_graph.graph import Block, Graph, Node, Ref, parse, to_text
+from titans_graph.ir import Block, Graph, Node, Ref, parse, to_text
 from titans_graph.shapes import fixed, ids, stream
 
 MAC = """\

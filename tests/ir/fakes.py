@@ -106,4 +106,4 @@ TABLE = {
     "tokens.fake": "Tokens",
     "any.fake": "Anything",
 }
-TARGETS = {name: f"tests.graph.fakes:{attribute}" for name, attribute in TABLE.items()}
+TARGETS = {name: f"tests.ir.fakes:{attribute}" for name, attribute in TABLE.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from titans_graph.errors import Diagnostic, Span, UnusedNode
-from titans_graph.graph.model import Block, Graph
+from titans_graph.ir.model import Block, Graph
 
 
 def reachable(starts: set[str], reads: Mapping[str, set[str]]) -> set[str]:

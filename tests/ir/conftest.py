@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.graph import fakes
+from tests.ir import fakes
 from titans_graph import registry
 
 

@@ -25,14 +25,14 @@ from titans_graph.errors import (
     WrongType,
     in_order,
 )
-from titans_graph.graph import unused
-from titans_graph.graph.hints import ENOUGH, EnoughMistakes, hint, meant
-from titans_graph.graph.limits import BLOCK_NAME, MAIN, MAX_DIAGNOSTICS, MAX_REPEAT, NAME, RESERVED
-from titans_graph.graph.model import BAD_REF, Block, Graph, Node, Ref
-from titans_graph.graph.nesting import nesting_problems
-from titans_graph.graph.signature import SUGAR, Signature
-from titans_graph.graph.signature import of as signature_of
-from titans_graph.graph.values import UNRESOLVED, has_unresolved, plain_problem
+from titans_graph.ir import unused
+from titans_graph.ir.hints import ENOUGH, EnoughMistakes, hint, meant
+from titans_graph.ir.limits import BLOCK_NAME, MAIN, MAX_DIAGNOSTICS, MAX_REPEAT, NAME, RESERVED
+from titans_graph.ir.model import BAD_REF, Block, Graph, Node, Ref
+from titans_graph.ir.nesting import nesting_problems
+from titans_graph.ir.signature import SUGAR, Signature
+from titans_graph.ir.signature import of as signature_of
+from titans_graph.ir.values import UNRESOLVED, has_unresolved, plain_problem
 from titans_graph.registry import parse_parameters
 
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from titans_graph.errors import Diagnostic, DuplicateKey, LimitExceeded, Span, SpecError, SyntaxProblem
-from titans_graph.graph.hints import ENOUGH
-from titans_graph.graph.limits import BLOCK_NAME, MAIN, MAX_BYTES, MAX_ELEMENTS, NAME
-from titans_graph.graph.model import Block, Graph, Node, Ref
-from titans_graph.graph.validate import capped
-from titans_graph.graph.values import number_problem, plain_problem
+from titans_graph.ir.hints import ENOUGH
+from titans_graph.ir.limits import BLOCK_NAME, MAIN, MAX_BYTES, MAX_ELEMENTS, NAME
+from titans_graph.ir.model import Block, Graph, Node, Ref
+from titans_graph.ir.validate import capped
+from titans_graph.ir.values import number_problem, plain_problem
 from titans_graph.shapes import Value, fixed, ids, stream
 
 _NUMBER = re.compile(r"[0-9]+", re.ASCII)
@@ -22,9 +22,9 @@ _Item = TypeVar("_Item")
 
 
 def parse(text: str, name: str = "<text>") -> Graph:
-    """The graph that :func:`titans_graph.graph.to_text` printed; SpecError with places where the text is no graph.
+    """The graph that :func:`titans_graph.ir.to_text` printed; SpecError with places where the text is no graph.
 
-    Only the form is checked; :func:`titans_graph.graph.validate` checks the rest.
+    Only the form is checked; :func:`titans_graph.ir.validate` checks the rest.
     """
     if len(text) > MAX_BYTES:
         raise SpecError([LimitExceeded(f"the text is larger than {MAX_BYTES} bytes", Span(name, 1, 1))])

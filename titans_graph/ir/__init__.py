@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from titans_graph.graph.model import Block, Graph, Node, Ref
-from titans_graph.graph.reader import parse
-from titans_graph.graph.text import to_text
-from titans_graph.graph.validate import prune, validate
+from titans_graph.ir.model import Block, Graph, Node, Ref
+from titans_graph.ir.reader import parse
+from titans_graph.ir.text import to_text
+from titans_graph.ir.validate import prune, validate
 
 __all__ = ["Block", "Graph", "Node", "Ref", "parse", "prune", "to_text", "validate"]

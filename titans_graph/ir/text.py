@@ -17,15 +17,15 @@ import json
 import re
 from collections.abc import Iterator
 
-from titans_graph.graph.limits import BLOCK_NAME, NAME
-from titans_graph.graph.model import Block, Graph, Node, Ref
-from titans_graph.graph.reader import parse
+from titans_graph.ir.limits import BLOCK_NAME, NAME
+from titans_graph.ir.model import Block, Graph, Node, Ref
+from titans_graph.ir.reader import parse
 
 __all__ = ["parse", "to_text"]
 
 
 def to_text(graph: Graph) -> str:
-    """The graph as text, ending in a newline; needs plain values (:func:`titans_graph.graph.validate` checks them)."""
+    """The graph as text, ending in a newline; needs plain values (:func:`titans_graph.ir.validate` checks them)."""
     lines = [f"graph {_word(graph.name, BLOCK_NAME)}"]
     for name, block in graph.blocks.items():
         lines.extend(_block(f"block {_word(name, BLOCK_NAME)}", block))

@@ -16,8 +16,8 @@ from titans_graph.errors import (
     UnusedNode,
     WrongType,
 )
-from titans_graph.graph import Block, Graph, Node, Ref, parse, prune, validate
-from titans_graph.graph.validate import inspect
+from titans_graph.ir import Block, Graph, Node, Ref, parse, prune, validate
+from titans_graph.ir.validate import inspect
 from titans_graph.shapes import Piece, Value, fixed, stream
 
 FRAME = "graph g\n{blocks}main(x: [B, T, 8])\n{nodes}\n  -> y={out}\n"

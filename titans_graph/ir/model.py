@@ -1,8 +1,8 @@
 """The declared graph: what a spec file, a builder and a graph text all turn into.
 
 It is a tree of plain frozen values with every parameter resolved: blocks hold nodes, nodes name a component or another
-block and where their inputs come from. It prints (:mod:`titans_graph.graph.text`), is checked for names and ports
-(:mod:`titans_graph.graph.validate`), and the passes rewrite it from here on. No torch, no YAML.
+block and where their inputs come from. It prints (:mod:`titans_graph.ir.text`), is checked for names and ports
+(:mod:`titans_graph.ir.validate`), and the passes rewrite it from here on. No torch, no YAML.
 """
 
 from __future__ import annotations
@@ -97,6 +97,6 @@ class Graph:
 
     def text(self) -> str:
         """The graph as text; :func:`titans_graph.parse` reads it back."""
-        from titans_graph.graph.text import to_text
+        from titans_graph.ir.text import to_text
 
         return to_text(self)

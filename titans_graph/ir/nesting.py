@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from titans_graph.errors import Diagnostic, LimitExceeded
-from titans_graph.graph.limits import MAIN, MAX_DEPTH, MAX_ELEMENTS, MAX_REPEAT
-from titans_graph.graph.model import Block, Graph, Node
+from titans_graph.ir.limits import MAIN, MAX_DEPTH, MAX_ELEMENTS, MAX_REPEAT
+from titans_graph.ir.model import Block, Graph, Node
 
 _SHOWN = 6
 """Names of a circle that a message shows."""

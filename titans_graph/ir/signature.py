@@ -10,8 +10,8 @@ from typing import Any
 
 from titans_graph import registry
 from titans_graph.errors import Diagnostic, UnknownParameter, UnknownPort
-from titans_graph.graph.hints import nearest
-from titans_graph.graph.model import Block
+from titans_graph.ir.hints import nearest
+from titans_graph.ir.model import Block
 from titans_graph.registry import Port
 
 SUGAR = "in"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from titans_graph.graph.limits import MAX_DEPTH, MAX_ELEMENTS, MAX_INTEGER
+from titans_graph.ir.limits import MAX_DEPTH, MAX_ELEMENTS, MAX_INTEGER
 
 
 class Unresolved:
