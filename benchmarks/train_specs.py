@@ -26,9 +26,17 @@ from titans_graph.training.config import TrainConfig
 from titans_graph.training.loop import train
 
 ROOT = Path(__file__).resolve().parents[1]
-PARAMETERS = {"dim": 64, "layers": 2, "hidden": 32}
+PARAMETERS: dict[str, Any] = {"dim": 64, "layers": 2, "hidden": 32}
 CONFIG = TrainConfig(
-    steps=300, batch=8, length=256, learning_rate=2e-3, warmup=30, eval_every=50, eval_bytes=16384, checkpoint_every=50
+    steps=300,
+    batch=8,
+    length=256,
+    learning_rate=2e-3,
+    warmup=30,
+    eval_every=50,
+    eval_bytes=16384,
+    eval_restart=256,
+    checkpoint_every=50,
 )
 
 

@@ -90,9 +90,7 @@ class Attention(Component, nn.Module):
                 raise SiteError(message, kind=UnknownName, key="keep" if timed else "x", help="write keep: ...")
             return timed[0]
         if keep not in names:
-            raise SiteError(
-                f"no piece {keep!r} in this sequence", kind=UnknownName, key="keep", help=suggest(keep, names)
-            )
+            raise SiteError(f"no piece {keep!r} in this sequence", kind=UnknownName, key="keep", help=suggest(keep, names))
         if names.index(keep) not in timed:
             raise SiteError(f"the piece {keep!r} belongs to no token, so no queries come from it", key="keep")
         return names.index(keep)

@@ -42,15 +42,15 @@ class NeuralMemory(Component, nn.Module):
         """The memory's network, its update rule, and the projections around it."""
 
         heads: int = parameter(4, doc="memories side by side", reason="heads of 32-64 keep the state small", minimum=1)
-        head_dim: int | None = parameter(None, doc="key size of a head; null = dim / heads", reason="as in attention", minimum=1)
+        head_dim: int | None = parameter(
+            None, doc="key size of a head; null = dim / heads", reason="as in attention", minimum=1
+        )
         network: str | Mapping[str, Any] = parameter(
             '{"mlp": {"depth": 2}}',
             doc="the network that is trained: linear, {mlp: {depth, hidden, activation, residual}}, {swiglu: {hidden}}",
             reason="the paper finds depth 2 and more better than 1 (figure 7)",
         )
-        objective: str | Mapping[str, Any] = parameter(
-            "l2", doc="l2, dot, {huber: {delta}} or {lp: {p}}", reason="equation 12"
-        )
+        objective: str | Mapping[str, Any] = parameter("l2", doc="l2, dot, {huber: {delta}} or {lp: {p}}", reason="equation 12")
         chunk: int = parameter(
             64,
             doc="tokens that share the weights at which gradients are taken; part of the model, not a speed knob",
@@ -320,7 +320,7 @@ class NeuralMemory(Component, nn.Module):
         return self._split(F.silu(x))
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.p.heads, self.size))
+        return x.reshape(*x.shape[:-1], self.p.heads, self.size)
 
     @staticmethod
     def _heads(x: Tensor) -> Tensor:

@@ -35,9 +35,7 @@ class Slice(Component, nn.Module):
         names = [piece.name for piece in site.value("x").pieces]
         keep: str = site.parameters.keep
         if keep not in names:
-            raise SiteError(
-                f"no piece {keep!r} in this sequence", kind=UnknownName, key="keep", help=suggest(keep, names)
-            )
+            raise SiteError(f"no piece {keep!r} in this sequence", kind=UnknownName, key="keep", help=suggest(keep, names))
         return names.index(keep)
 
     def __init__(self, site: Site) -> None:

@@ -69,9 +69,7 @@ def memory_scan(
     Raises :class:`UsageError` for unknown names and a grid that is not a whole number of chunks.
     """
     if read not in READS or kernel not in KERNELS:
-        raise UsageError(
-            f"read is one of {', '.join(READS)} and kernel one of {', '.join(KERNELS)}; got {read!r}, {kernel!r}"
-        )
+        raise UsageError(f"read is one of {', '.join(READS)} and kernel one of {', '.join(KERNELS)}; got {read!r}, {kernel!r}")
     if chunk < 1 or q.shape[2] % chunk != 0:
         raise UsageError(f"memory_scan needs a whole number of chunks of {chunk} slots; got {q.shape[2]} slots")
     dtype = weights[0].dtype
@@ -193,9 +191,7 @@ def _objective_parts(text: str) -> tuple[str, float]:
     return objective.name, objective.option
 
 
-def _gradient(
-    network: Network, objective: Objective, names: list[str], at: list[Tensor], k: Tensor, v: Tensor
-) -> list[Tensor]:
+def _gradient(network: Network, objective: Objective, names: list[str], at: list[Tensor], k: Tensor, v: Tensor) -> list[Tensor]:
     """The momentary surprise of one token per row, ``[N, *shape]``, as sums of outer products."""
     trace = trace_keys(network, objective, dict(zip(names, at, strict=True)), k, v)
     result = []

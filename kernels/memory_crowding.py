@@ -25,8 +25,8 @@ def crowding(k: Tensor, ring: Tensor, valid: Tensor, position: Tensor, lead: Ten
     if k.shape[2] == 1:
         return _one(k, ring, position)
     chunk = ring.shape[1]
-    blocks = k.transpose(1, 2).unflatten(1, (-1, chunk))
-    filled = valid.unflatten(1, (-1, chunk))
+    blocks = _blocks(k.transpose(1, 2), chunk)
+    filled = _blocks(valid, chunk)
     number = torch.arange(blocks.shape[1], device=k.device)
     slot = torch.arange(chunk, device=k.device)
     resumed = (number == (lead // chunk)[:, None])[..., None] & (slot < (lead % chunk)[:, None, None])
@@ -39,6 +39,11 @@ def crowding(k: Tensor, ring: Tensor, valid: Tensor, position: Tensor, lead: Ten
     fresh = take(merged, latest)[:, 0]
     keep = (end == lead)[:, None, None, None]
     return r.clamp(min=1.0), torch.where(keep, ring, fresh)
+
+
+def _blocks(x: Tensor, chunk: int) -> Tensor:
+    """``[B, G, ...]`` -> ``[B, G / C, C, ...]``."""
+    return x.reshape(x.shape[0], x.shape[1] // chunk, chunk, *x.shape[2:])
 
 
 def _one(k: Tensor, ring: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:

@@ -114,9 +114,7 @@ class Walk(NamedTuple):
         # A row with tokens in a chunk it did not begin is in its first chunk of this call: its anchor is the entry's.
         return [*where(self.flags[c].first, weights, self.entry_anchor), *state]
 
-    def forward(
-        self, c: int, weights: list[Tensor], momenta: list[Tensor]
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def forward(self, c: int, weights: list[Tensor], momenta: list[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Run chunk ``c``: ``(y [N, C, d], weights', momenta')``."""
         count = len(weights)
         args = [*self.inputs(c, weights, momenta), self.valid[c]]

@@ -49,9 +49,7 @@ def predict(network: Network, names: list[str], weights: Weights, x: Tensor) -> 
     return network.apply(x.unsqueeze(-2), use).squeeze(-2)
 
 
-def surprise(
-    network: Network, objective: Objective, names: list[str], anchor: Weights, k: Tensor, v: Tensor
-) -> Weights:
+def surprise(network: Network, objective: Objective, names: list[str], anchor: Weights, k: Tensor, v: Tensor) -> Weights:
     """The momentary surprise: the gradient of the loss (equation 12) by every weight, at the chunk's first weights.
 
     Rows and heads do not touch each other, so the gradient of the summed loss is each row's own gradient.

@@ -219,9 +219,7 @@ def _mlp_check(options: Options) -> None:
 
 def _check_hidden(name: str, options: Options) -> None:
     hidden = options["hidden"]
-    _require(
-        hidden is None or _is_size(hidden), f"{name}: hidden must be a positive whole number or null, not {hidden!r}"
-    )
+    _require(hidden is None or _is_size(hidden), f"{name}: hidden must be a positive whole number or null, not {hidden!r}")
 
 
 def _mlp_weights(options: Options, dim: int) -> Shapes:
@@ -229,9 +227,7 @@ def _mlp_weights(options: Options, dim: int) -> Shapes:
     depth, hidden = options["depth"], options["hidden"] or 4 * dim
     sizes = [dim, *[hidden] * (depth - 1), dim]
     if options["residual"] and all(a != b for a, b in pairwise(sizes)):
-        raise NetworkError(
-            "mlp: residual has no effect, no layer's input and output agree in size; set hidden or depth"
-        )
+        raise NetworkError("mlp: residual has no effect, no layer's input and output agree in size; set hidden or depth")
     return {f"w{i + 1}": (sizes[i], sizes[i + 1]) for i in range(depth)}
 
 
@@ -295,7 +291,5 @@ FAMILIES: dict[str, Family] = {
         _mlp_curvature,
         short="depth",
     ),
-    "swiglu": Family(
-        {"hidden": None}, _swiglu_check, _swiglu_weights, _swiglu_apply, _swiglu_curvature, short="hidden"
-    ),
+    "swiglu": Family({"hidden": None}, _swiglu_check, _swiglu_weights, _swiglu_apply, _swiglu_curvature, short="hidden"),
 }

@@ -182,9 +182,7 @@ def test_early_modules_do_not_bring_torch() -> None:
     """The same through everything they import, third parties too."""
     early = [m for _, m in sources() if layer_of(m) in WITHOUT_TORCH]
     program = "import importlib, sys\n[importlib.import_module(m) for m in sys.argv[1:]]\nprint('torch' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", program, *early], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", program, *early], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "False", f"one of {early} imports torch"
 

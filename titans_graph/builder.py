@@ -89,9 +89,7 @@ class Builder:
         self._inputs[name] = axes
         return Handle(self, Ref(name))
 
-    def add(
-        self, use: str | Builder, *sources: Source, name: str | None = None, repeat: int | str = 1, **keys: Any
-    ) -> Handle:
+    def add(self, use: str | Builder, *sources: Source, name: str | None = None, repeat: int | str = 1, **keys: Any) -> Handle:
         """Add a node that uses a component or block. ``sources`` go to its first input.
 
         Keywords whose values are handles (or lists of handles) are input ports, all others parameters. ``repeat``

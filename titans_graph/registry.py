@@ -121,8 +121,9 @@ class Component:
 
     The first input port is the one that ``in:`` in a spec means; most components call it ``x``.
 
-    ``forward`` takes the connected input ports as keyword arguments (a ``many`` port gets a tuple), and for stateful components also ``state`` (a flat mapping of tensors, batch first) and ``clock``; with
-    several stages, ``stage``. It returns the stage's outputs (a tensor, or a tuple in the order of ``Stage.outputs``);
+    ``forward`` takes the connected input ports as keyword arguments (a ``many`` port gets a tuple), and for stateful
+    components also ``state`` (a flat mapping of tensors, batch first) and ``clock``; with several stages, ``stage``.
+    It returns the stage's outputs (a tensor, or a tuple in the order of ``Stage.outputs``);
     the stage that updates returns ``(outputs, new_state)``.
     """
 

@@ -74,9 +74,7 @@ def document_starts(story: Story) -> list[int]:
     return starts
 
 
-def calls(
-    stories: Sequence[Story], cuts: Sequence[int | Sequence[int]] = (), period: int = 1, slack: int = 0
-) -> list[Call]:
+def calls(stories: Sequence[Story], cuts: Sequence[int | Sequence[int]] = (), period: int = 1, slack: int = 0) -> list[Call]:
     """Grids of the calls that read all stories, cut after ``cuts`` tokens (one number, or one per row).
 
     ``slack`` adds that many periods of empty slots before each run, which the contract allows.
@@ -88,9 +86,7 @@ def calls(
 
 def _call(stories: Sequence[Story], first: Sequence[int], final: Sequence[int], period: int, slack: int) -> Call:
     one = max(b - a for a, b in zip(first, final, strict=True)) <= 1
-    rows = [
-        _row(s, a, b, 1 if one else period, 0 if one else slack) for s, a, b in zip(stories, first, final, strict=True)
-    ]
+    rows = [_row(s, a, b, 1 if one else period, 0 if one else slack) for s, a, b in zip(stories, first, final, strict=True)]
     slots = max(len(tokens) for tokens, _, _ in rows)
     slots = 1 if one else max(-(-slots // period) * period, 2)
     token = torch.full((len(rows), slots), -1)
@@ -140,9 +136,7 @@ def on_grid(value: Any, token: Tensor, poison: float = 0.0) -> Any:
     return torch.where((token >= 0)[..., None], value[rows, token.clamp(min=0)], poison)
 
 
-def stream(
-    component: Any, inputs: Inputs, grids: Sequence[Call], poison: float = 0.0, state: Any = None
-) -> tuple[Tensor, Any]:
+def stream(component: Any, inputs: Inputs, grids: Sequence[Call], poison: float = 0.0, state: Any = None) -> tuple[Tensor, Any]:
     """Run the calls one after another; outputs ``[B, T, ...]`` in token order (0 where a row has none) and state."""
     batch, total = grids[0].token.shape[0], 1 + max(int(call.token.max()) for call in grids)
     state = component.initial_state(batch) if state is None else state

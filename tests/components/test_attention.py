@@ -85,9 +85,7 @@ def reference(component: Any, x: Any, row: int, story: list[int]) -> Tensor:
 
 VARIANTS: dict[str, Callable[[], Any]] = {
     **{case.name: case.make for case in CASES if not case.name.startswith("conv")},
-    "not causal": lambda: build(
-        "attention.segment", {"x": [SEQUENCE]}, keep="normed", heads=2, segment=4, causal=False
-    ),
+    "not causal": lambda: build("attention.segment", {"x": [SEQUENCE]}, keep="normed", heads=2, segment=4, causal=False),
 }
 
 

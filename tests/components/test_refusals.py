@@ -87,9 +87,7 @@ DEPENDENCES: list[tuple[str, dict[str, Any], dict[str, Any], tuple[Dependence, .
 
 
 @pytest.mark.parametrize(("name", "inputs", "values", "expected"), DEPENDENCES)
-def test_dependences(
-    name: str, inputs: dict[str, Any], values: dict[str, Any], expected: tuple[Dependence, ...]
-) -> None:
+def test_dependences(name: str, inputs: dict[str, Any], values: dict[str, Any], expected: tuple[Dependence, ...]) -> None:
     assert lookup(name).dependences(site(name, inputs, **values)) == expected
 
 

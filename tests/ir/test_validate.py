@@ -77,9 +77,7 @@ def test_a_diagnostic_points_at_the_value_or_the_key() -> None:
         "      |                      ^^^\n"
         "  help: did you mean 'eps'?"
     )
-    assert (
-        only(check("  y = norm.fake(x=x) eps=true")).render().splitlines()[2] == "      |                          ^^^^"
-    )
+    assert only(check("  y = norm.fake(x=x) eps=true")).render().splitlines()[2] == "      |                          ^^^^"
 
 
 def test_without_places_the_node_is_named() -> None:

@@ -118,7 +118,5 @@ def _tied_weights(options: Options, dim: int) -> Shapes:
     return {"w": (dim, dim), "gain": (dim,), "bias": (dim,)}
 
 
-TIED = Family(
-    {}, lambda options: None, _tied_weights, _tied, uses=lambda options, dim: ("w", "gain", "bias", "w", "bias")
-)
+TIED = Family({}, lambda options: None, _tied_weights, _tied, uses=lambda options, dim: ("w", "gain", "bias", "w", "bias"))
 register("test_tied", TIED)

@@ -79,10 +79,7 @@ def test_initial_values_keep_the_size_of_signals() -> None:
 
 
 def test_parsing_needs_no_torch() -> None:
-    code = (
-        "import sys, titans_graph.kernels.networks as n; n.parse_network('mlp').weights(4);"
-        "assert 'torch' not in sys.modules"
-    )
+    code = "import sys, titans_graph.kernels.networks as n; n.parse_network('mlp').weights(4);assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

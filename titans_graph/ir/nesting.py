@@ -53,9 +53,7 @@ def circle_message(circle: list[str]) -> str:
     return f"block {circle[0]!r} contains itself: {' -> '.join(circle)}"
 
 
-def _circle(
-    blocks: Mapping[str, Block], edge: tuple[str, str], circle: list[str]
-) -> tuple[tuple[str, str], Diagnostic]:
+def _circle(blocks: Mapping[str, Block], edge: tuple[str, str], circle: list[str]) -> tuple[tuple[str, str], Diagnostic]:
     node = next(n for n in blocks[edge[0]].nodes if n.use == edge[1])
     return (edge[0], node.name), LimitExceeded(circle_message(circle), node.place("use"), node.name)
 

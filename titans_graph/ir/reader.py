@@ -175,9 +175,7 @@ _DECODER = json.JSONDecoder(parse_int=_number, parse_float=_number, parse_consta
 class _Open:
     """A block whose lines are being read."""
 
-    def __init__(
-        self, name: str, inputs: dict[str, Value], segment: int | None, span: Span, spans: dict[str, Span]
-    ) -> None:
+    def __init__(self, name: str, inputs: dict[str, Value], segment: int | None, span: Span, spans: dict[str, Span]) -> None:
         self.name, self.inputs, self.segment, self.span, self.spans = name, inputs, segment, span, spans
         self.nodes: list[Node] = []
         self.outputs: dict[str, Ref] = {}
@@ -207,9 +205,7 @@ class _Reader:
             if not inside:
                 self.head(cursor)
             elif self.open is None:
-                raise cursor.bad(
-                    "a node stands outside of a block", help="blocks begin with block NAME(...), or main(...)"
-                )
+                raise cursor.bad("a node stands outside of a block", help="blocks begin with block NAME(...), or main(...)")
             else:
                 self.inner(cursor, self.open)
             if not cursor.done():

@@ -64,6 +64,5 @@ def unused_blocks(graph: Graph, meant: set[str]) -> list[Diagnostic]:
     used = reachable({n.use for n in graph.main.nodes} | meant, reads)
     lost = ends([name for name in graph.blocks if name not in used], reads)
     return [
-        UnusedNode(f"block {name!r} is never used", graph.blocks[name].span, name, "use it, or take it out")
-        for name in lost
+        UnusedNode(f"block {name!r} is never used", graph.blocks[name].span, name, "use it, or take it out") for name in lost
     ]

@@ -169,9 +169,7 @@ class _BlockCheck:
             span = self.nodes[name].span
             if count > 1 or name in self.block.inputs:
                 other = "an input" if name in self.block.inputs else "another node"
-                self.report(
-                    DuplicateKey, f"{name!r} is already the name of {other}", span, name, "give it another name"
-                )
+                self.report(DuplicateKey, f"{name!r} is already the name of {other}", span, name, "give it another name")
             elif not NAME.fullmatch(name):
                 self.report(WrongType, f"{name!r} is no name for a node", span, name, _NAME_HELP)
         for name in (*self.block.inputs, *self.block.outputs):
@@ -231,11 +229,7 @@ class _BlockCheck:
         near = {known.nearest(key) for key in strange}
         for found in parse_parameters(known.component.Parameters, usable)[1]:
             lacking = next((p for p in known.parameters if found.message.startswith(f"parameter {p!r} is missing")), "")
-            if (
-                lacking in near
-                or (lacking and node.parameters.get(lacking) is UNRESOLVED)
-                or not (complete or found.key)
-            ):
+            if lacking in near or (lacking and node.parameters.get(lacking) is UNRESOLVED) or not (complete or found.key):
                 continue
             self.report(found.kind, found.message, node.place(found.key), node.name, found.help)
 
@@ -275,9 +269,7 @@ class _BlockCheck:
             self.report(kind, message, node.key_place(port), node.name, help)
         elif not known.inputs[port].many and len(refs) > 1:
             message = f"input {port!r} of {known.label} takes one value, got {len(refs)}"
-            self.report(
-                WrongType, message, node.place(port), node.name, "join them first: add, sequence.concat or a gate"
-            )
+            self.report(WrongType, message, node.place(port), node.name, "join them first: add, sequence.concat or a gate")
 
     def check_ref(self, ref: Ref, place: Span | None, node: str) -> str:
         """The name a reference means (the probable one where it is misspelt), or an empty string."""

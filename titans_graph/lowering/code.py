@@ -84,7 +84,9 @@ class _Lowering:
             arguments["clock"] = self.clock
         if len(self.c.stages(step.node)) > 1:
             arguments["stage"] = stage.name
-        call = self._node("call_module", local, (), arguments, _word(f"{local}_{stage.name}" if "stage" in arguments else local))
+        call = self._node(
+            "call_module", local, (), arguments, _word(f"{local}_{stage.name}" if "stage" in arguments else local)
+        )
         result = call
         if stage.updates:
             result = self._node("call_function", getitem, (call, 0), {}, _word(f"{local}_out"))

@@ -63,11 +63,13 @@ class Lower(Pass):
 
     def check_before(self, c: Compilation) -> None:
         """There is a plan."""
-        assert c.whole is not None and c.token is not None
+        assert c.whole is not None
+        assert c.token is not None
 
     def run(self, c: Compilation) -> Compilation:
         """Fill ``lowered``."""
-        assert c.whole is not None and c.token is not None
+        assert c.whole is not None
+        assert c.token is not None
         modules = build_modules(c)
         codes: dict[str, Code] = {}
         keys: dict[str, str] = {}
@@ -77,7 +79,10 @@ class Lower(Pass):
 
     def check_after(self, c: Compilation) -> None:
         """Every region has a function."""
-        assert len(c.lowered.whole) == len(c.whole.regions) and len(c.lowered.token) == len(c.token.regions)  # type: ignore[union-attr]
+        assert c.whole is not None
+        assert c.token is not None
+        assert len(c.lowered.whole) == len(c.whole.regions)
+        assert len(c.lowered.token) == len(c.token.regions)
 
 
 def build_modules(c: Compilation) -> Holder:

@@ -83,7 +83,8 @@ class _Scope:
 
     def _leaf(self, node: Node, copy: int) -> FlatNode:
         first = next(iter(lookup(node.use).inputs), None)
-        inputs, labels = {}, {}
+        inputs: dict[str, tuple[Ref, ...]] = {}
+        labels: dict[str, tuple[str, ...]] = {}
         for port, refs in node.inputs.items():
             if copy and first is not None and port == first.name:
                 inputs[port] = (Ref(self._name(node, copy - 1), self._first_output(node)),)

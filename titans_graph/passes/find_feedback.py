@@ -82,7 +82,9 @@ def _components(c: Compilation) -> Iterable[tuple[str, ...]]:
     """Nodes that must run segment by segment: feedback loops, and single nodes that read their own earlier state."""
     net = nx.DiGraph()
     net.add_nodes_from(c.sites)
-    net.add_edges_from((ref.node, n) for n in c.sites for refs in c.nodes[n].inputs.values() for ref in refs if ref.node in c.sites)
+    net.add_edges_from(
+        (ref.node, n) for n in c.sites for refs in c.nodes[n].inputs.values() for ref in refs if ref.node in c.sites
+    )
     order = {name: i for i, name in enumerate(c.nodes)}
     found = (sorted(s, key=order.__getitem__) for s in nx.strongly_connected_components(net))
     chosen = [tuple(s) for s in found if len(s) > 1 or net.has_edge(s[0], s[0]) or _delays(c, s[0])]
@@ -108,7 +110,7 @@ def _period(c: Compilation, members: tuple[str, ...]) -> tuple[int | None, list[
     period = known[0]
     if period == 1:
         return 1, [SlowLoop("this loop runs token by token", node.span, node.declared, "a longer segment is faster")]
-    wrong = [
+    wrong: list[Diagnostic] = [
         SegmentProblem(
             f"{c.nodes[n].local!r} works in pieces of {p} tokens inside a loop of {period}",
             c.nodes[n].span,

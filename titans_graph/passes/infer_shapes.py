@@ -163,7 +163,9 @@ class _Inference:
         return found
 
     def _bad_port(self, node: FlatNode, port: Port, index: int, value: Value, wanted: str) -> Diagnostic:
-        message = f"input {port.name!r} of {node.use} needs {wanted}, got {value.text()} from {self._origin(node, port.name, index)}"
+        message = (
+            f"input {port.name!r} of {node.use} needs {wanted}, got {value.text()} from {self._origin(node, port.name, index)}"
+        )
         help = "pick one piece with sequence.slice" if len(value.pieces) > 1 else ""
         return ShapeMismatch(message, node.place(port.name), node.declared, help)
 

@@ -16,7 +16,6 @@ from titans_graph.ir import Ref
 from titans_graph.passes.base import Pass
 from titans_graph.passes.compilation import Compilation, Loop, Program, Region, Step
 
-
 T = TypeVar("T")
 
 
@@ -54,12 +53,14 @@ class Schedule(Pass):
 
     def check_after(self, c: Compilation) -> None:
         """Both programs make every call once, and nothing is read before it is made."""
-        assert c.whole is not None and c.token is not None
+        assert c.whole is not None
+        assert c.token is not None
         calls = {(name, s.name) for name in c.nodes for s in c.stages(name)}
         for program in (c.whole, c.token):
             made = set(map(Ref, c.inputs))
             done = [(s.node, s.stage.name) for r in program.regions for s in r.steps]
-            assert len(done) == len(calls) and set(done) == calls
+            assert len(done) == len(calls)
+            assert set(done) == calls
             for region in program.regions:
                 assert made.issuperset(region.inputs), region.name
                 made.update(region.outputs)
@@ -95,7 +96,8 @@ def _whole(c: Compilation, loops: tuple[Loop, ...], owner: dict[str, int]) -> li
             net.add_edges_from((item[r.node], item[name]) for r in refs if r.node in item and item[r.node] != item[name])
     assert nx.is_directed_acyclic_graph(net), "loops and hoisted nodes depend on each other in a circle"
     groups: list[tuple[str, str, int, list[Step]]] = []
-    for entry in _order(net, lambda e: _instance(c, loops, e)):
+    entries: list[str] = _order(net, lambda e: _instance(c, loops, e))
+    for entry in entries:
         if entry.startswith("loop "):
             loop = loops[int(entry[5:])]
             groups.append(("loop", _common(c, loop.nodes), loop.period, _calls(c, loop.nodes)))
@@ -127,7 +129,7 @@ def _common(c: Compilation, names: tuple[str, ...]) -> str:
 def _calls(c: Compilation, names: tuple[str, ...]) -> list[Step]:
     """The stages of some nodes in an order in which every value is made before it is read."""
     inside = c.stage_network().subgraph([(n, s.name) for n in names for s in c.stages(n)])
-    order = _order(nx.DiGraph(inside), lambda call: _outer(c.nodes[call[0]].instance))
+    order: list[tuple[str, str]] = _order(nx.DiGraph(inside), lambda call: _outer(c.nodes[call[0]].instance))
     stages = {(n, s.name): s for n in names for s in c.stages(n)}
     return [Step(n, stages[n, s]) for n, s in order]
 

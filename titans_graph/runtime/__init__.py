@@ -1,6 +1,6 @@
 """Running what the compiler made: layout, driver, state, ``torch.compile``. See :mod:`titans_graph.runtime.model`."""
 
-from titans_graph.runtime.build import build, check, compilation, declare, graph, load
+from titans_graph.runtime.api import build, check, compilation, declare, graph, load
 from titans_graph.runtime.model import Compiled, Model, Summary
 from titans_graph.runtime.state import State
 

@@ -175,7 +175,7 @@ def _unguarded_sums() -> Iterator[None]:
         with V.graph.sizevars.shape_env.suppress_guards():
             return bool(original(kernel, *args, **kwargs))
 
-    cpp.CppKernel.need_use_acc_helper = choose  # type: ignore[method-assign]
+    cpp.CppKernel.need_use_acc_helper = choose  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

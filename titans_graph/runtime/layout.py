@@ -95,7 +95,11 @@ def grid_layout(position: Tensor, document: Tensor, ids: Tensor | None, tokens: 
     t = torch.arange(tokens)
     slot = start.gather(1, run) + phase.gather(1, run) + t - first.gather(1, run)
     g = torch.arange(grid)
-    of = (start[:, None, :] <= g[None, :, None]).sum(-1) - 1 if start.shape[1] > 1 else torch.zeros(rows, grid, dtype=torch.int64)
+    of = (
+        (start[:, None, :] <= g[None, :, None]).sum(-1) - 1
+        if start.shape[1] > 1
+        else torch.zeros(rows, grid, dtype=torch.int64)
+    )
     within = g - start.gather(1, of) - phase.gather(1, of)
     valid = (within >= 0) & (within < length.gather(1, of))
     index = (first.gather(1, of) + within).clamp(0, tokens - 1)

@@ -74,7 +74,7 @@ def attach(nodes: Nodes) -> Nodes:
     hook = torch.empty(0, requires_grad=True)
 
     def join(t: Tensor) -> Tensor:
-        return t if t.requires_grad or not t.is_floating_point() else _Attach.apply(t, hook)  # type: ignore[no-any-return,no-untyped-call]
+        return t if t.requires_grad or not t.is_floating_point() else _Attach.apply(t, hook)  # type: ignore[no-untyped-call]
 
     return {n: {k: join(t) for k, t in tensors.items()} for n, tensors in nodes.items()}
 
@@ -88,9 +88,7 @@ class Driver:
         self.modules = modules
         self.runner = runner
 
-    def __call__(
-        self, inputs: Mapping[str, Tensor], nodes: Nodes, clock: Clock, used: int
-    ) -> tuple[list[Any], dict[str, Any]]:
+    def __call__(self, inputs: Mapping[str, Tensor], nodes: Nodes, clock: Clock, used: int) -> tuple[list[Any], dict[str, Any]]:
         """Outputs (in declared order) and new node states. inputs ``[B, G, ...]``; ``G`` 1 runs the token program.
 
         used: no row has a token at or after this slot; loops end there.

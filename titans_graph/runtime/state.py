@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils._pytree as pytree
@@ -81,9 +81,7 @@ class State:
         mask = torch.zeros(self.batch, dtype=torch.bool)
         mask[index] = True
         initial = self.fresh(self.batch)
-        nodes = {
-            n: {k: _where_rows(mask, initial[n][k], t) for k, t in tensors.items()} for n, tensors in self.nodes.items()
-        }
+        nodes = {n: {k: _where_rows(mask, initial[n][k], t) for k, t in tensors.items()} for n, tensors in self.nodes.items()}
         position = torch.where(mask, 0, self.position)
         document = torch.where(mask, -1, self.document)
         return State(position, document, nodes, self.fingerprint, self.fresh)
@@ -177,8 +175,8 @@ def _flatten(state: State) -> tuple[list[object], tuple[object, ...]]:
     return [state.position, state.document, {k: dict(v) for k, v in state.nodes.items()}], (state.fingerprint, state.fresh)
 
 
-def _unflatten(values: Sequence[object], context: tuple[object, ...]) -> State:
-    return State(*values, *context)  # type: ignore[arg-type]
+def _unflatten(values: Iterable[Any], context: Any) -> State:
+    return State(*values, *context)
 
 
 pytree.register_pytree_node(State, _flatten, _unflatten, serialized_type_name="titans_graph.State")

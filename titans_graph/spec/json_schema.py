@@ -57,8 +57,7 @@ def _node() -> dict[str, Any]:
     """A node: the branch of its component, or anything for a block."""
     names = registry.names()
     branches: list[dict[str, Any]] = [
-        {"if": {"properties": {"use": {"const": name}}}, "then": {"$ref": f"#/$defs/node/$defs/{name}"}}
-        for name in names
+        {"if": {"properties": {"use": {"const": name}}}, "then": {"$ref": f"#/$defs/node/$defs/{name}"}} for name in names
     ]
     return {
         "type": "object",
