@@ -70,7 +70,8 @@ def memory_scan(
     """
     if read not in READS or kernel not in KERNELS:
         raise UsageError(f"read is one of {', '.join(READS)} and kernel one of {', '.join(KERNELS)}; got {read!r}, {kernel!r}")
-    if chunk < 1 or q.shape[2] % chunk != 0:
+    # Not while tracing: the check would become a guard on the number of slots.
+    if not torch.compiler.is_compiling() and (chunk < 1 or q.shape[2] % chunk != 0):
         raise UsageError(f"memory_scan needs a whole number of chunks of {chunk} slots; got {q.shape[2]} slots")
     dtype = weights[0].dtype
     tokens = [x.to(dtype) for x in (q, k, v, step, log_momentum, log_keep)]

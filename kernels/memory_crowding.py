@@ -17,13 +17,21 @@ from titans_graph.kernels.timeline import take
 
 
 def crowding(k: Tensor, ring: Tensor, valid: Tensor, position: Tensor, lead: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
-    """``r [B, H, G]`` (at least 1 for unit keys) and the new ring.
+    """``r [B, H, G]`` (at least 1 for unit keys) and the new ring; both detached: a control, not a signal to learn from.
 
     k ``[B, H, G, d]`` unit keys; ring ``[B, C, H, d]``, the keys of the chunk that earlier calls left unfinished, by slot;
     valid, position ``[B, G]`` and lead, end ``[B]`` as in :class:`titans_graph.shapes.Clock`. G is 1 or a multiple of C.
     """
+    k, ring = k.detach(), ring.detach()
     if k.shape[2] == 1:
         return _one(k, ring, position)
+    r, fresh = _whole(k, ring, valid, lead, end)
+    return r, fresh
+
+
+@torch.library.custom_op("titans_graph::crowding", mutates_args=())
+def _whole(k: Tensor, ring: Tensor, valid: Tensor, lead: Tensor, end: Tensor) -> list[Tensor]:
+    """Whole chunks. An operator of its own, so that a compiled region is not specialised on the number of chunks."""
     chunk = ring.shape[1]
     blocks = _blocks(k.transpose(1, 2), chunk)
     filled = _blocks(valid, chunk)
@@ -38,7 +46,12 @@ def crowding(k: Tensor, ring: Tensor, valid: Tensor, position: Tensor, lead: Ten
     latest = ((end - 1).clamp(min=0) // chunk)[:, None]
     fresh = take(merged, latest)[:, 0]
     keep = (end == lead)[:, None, None, None]
-    return r.clamp(min=1.0), torch.where(keep, ring, fresh)
+    return [r.clamp(min=1.0), torch.where(keep, ring, fresh)]
+
+
+@_whole.register_fake
+def _(k: Tensor, ring: Tensor, valid: Tensor, lead: Tensor, end: Tensor) -> list[Tensor]:
+    return [k.new_empty(k.shape[:3]), torch.empty_like(ring)]
 
 
 def _blocks(x: Tensor, chunk: int) -> Tensor:

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.training.data import quick, small_text
 from tests.training.stand_in import build
-from titans_graph.errors import UsageError
-from titans_graph.training import demo, figures
+from titans_graph.errors import CheckpointError, UsageError
+from titans_graph.training import demo, figures, plan
 
 MODELS: dict[str, dict[str, Any]] = {"first": {"dim": 8}, "second": {"dim": 8}}
 CONFIG = quick(eval_restart=8)
@@ -46,7 +47,22 @@ def test_an_earlier_plan_is_followed(tmp_path: Path) -> None:
 def test_little_time_means_fewer_steps_for_both(tmp_path: Path) -> None:
     result = run(tmp_path, minutes=0.0001, steps=1000)
     assert result.steps == 10
-    assert json.loads((tmp_path / demo.PLAN).read_text())["steps"] == 10
+    assert json.loads((tmp_path / plan.FILE).read_text())["steps"] == 10
+
+
+def test_a_plan_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / plan.FILE).write_text("{")
+    with pytest.raises(CheckpointError, match=r"plan\.json: cannot be read"):
+        run(tmp_path)
+
+
+def test_the_faster_number_of_threads_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "_seconds", lambda *_: {1: 2.0, 2: 1.0}[torch.get_num_threads()])
+    with plan.threads(2):
+        assert plan._fastest({"a": build("a")}, small_text(), CONFIG) == (2, {"a": 1.0})
+    monkeypatch.setattr(plan, "_seconds", lambda *_: {1: 2.0, 2: 9.0}[torch.get_num_threads()])
+    with plan.threads(2):
+        assert plan._fastest({"a": build("a")}, small_text(), CONFIG) == (1, {"a": 2.0})
 
 
 def test_unequal_models_are_refused(tmp_path: Path) -> None:

@@ -7,9 +7,7 @@ demo goes on with it. Nothing here is tuned to favour either model.
 
 from __future__ import annotations
 
-import json
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,16 +16,16 @@ from typing import Any
 
 import torch
 
-from titans_graph.errors import CheckpointError, UsageError
+from titans_graph.errors import UsageError
 from titans_graph.tasks.floors import Floors, floors
 from titans_graph.tasks.text import Text
-from titans_graph.training import atomic, figures, folder, logs
+from titans_graph.training import figures, folder, logs, plan
 from titans_graph.training.config import TrainConfig
 from titans_graph.training.denormals import flushed
 from titans_graph.training.evaluate import bits_per_byte
 from titans_graph.training.generate import generate
 from titans_graph.training.interface import LanguageModel
-from titans_graph.training.loop import LossModule, TrainResult, print_note, train
+from titans_graph.training.loop import TrainResult, print_note, train
 
 MODELS: dict[str, dict[str, Any]] = {
     "mac": {"dim": 64, "layers": 2, "hidden": 32},
@@ -47,10 +45,6 @@ CONFIG = TrainConfig(
     checkpoint_every=50,
     eval_restart=256,
 )
-PROBE_STEPS = 3
-MARGIN = 0.75
-"""Part of the time given that training may plan with; the rest is for the sample and a machine that slows."""
-PLAN = "plan.json"
 PROMPT = "def read_file(path):\n    "
 SAMPLE = 300
 
@@ -100,25 +94,34 @@ def demo(
     """
     built = {name: _build(load, name, parameters, config.seed) for name, parameters in models.items()}
     _check_sizes(built)
-    config = replace(config, steps=_planned_steps(built, text, out, config, steps, minutes, note))
-    config = replace(config, warmup=min(config.warmup, config.steps // 5))
+    planned = plan.plan(built, text, out, config, steps, minutes, note)
+    config = replace(config, steps=planned.steps, warmup=min(config.warmup, planned.steps // 5))
     found = floors(text.train, text.stretch(config.eval_bytes))
+    with plan.threads(planned.threads):
+        results = _train(built, text, config, out, note, progress)
+        stopped = [result.signal for result in results.values() if result.signal]
+        if stopped:
+            return DemoResult((), found, config.steps, "", stopped[0])
+        records = {name: logs.read(out / name) for name in built}
+        rows = tuple(_row(name, model, results[name], records[name], text, config) for name, model in built.items())
+        sample = "".join(generate(next(iter(built.values())), PROMPT, tokens=SAMPLE, seed=config.seed))
+    shown = {"bigram": found.bigram, "bzip2": found.bzip2}
+    figures.loss_curves(out / "loss.png", records, shown, f"{config.steps} steps on the {text.name}")
+    return DemoResult(rows, found, config.steps, sample)
+
+
+def _train(
+    built: Mapping[str, LanguageModel], text: Text, config: TrainConfig, out: Path, note: plan.Note, progress: bool
+) -> dict[str, TrainResult]:
+    """Train one model after the other, up to the first that is stopped by a signal."""
     results: dict[str, TrainResult] = {}
     for name, model in built.items():
-        note(
-            f"\n{name}: {model.summary().parameters:,} parameters, "
-            f"{config.steps} steps of {config.batch} x {config.length} bytes"
-        )
+        size = f"{config.steps} steps of {config.batch} x {config.length} bytes"
+        note(f"\n{name}: {model.summary().parameters:,} parameters, {size}")
         results[name] = train(model, text, config, out / name, note=note, progress=progress)
         if results[name].signal:
-            return DemoResult((), found, config.steps, "", results[name].signal)
-    records = {name: logs.read(out / name) for name in built}
-    rows = tuple(_row(name, model, results[name], records[name], text, config) for name, model in built.items())
-    shown = {"bigram": found.bigram, "bzip2": found.bzip2}
-    title = f"{config.steps} steps on the {text.name}"
-    figures.loss_curves(out / "loss.png", records, shown, title)
-    sample = "".join(generate(next(iter(built.values())), PROMPT, tokens=SAMPLE, seed=config.seed))
-    return DemoResult(rows, found, config.steps, sample)
+            break
+    return results
 
 
 def set_aside(out: Path, note: Callable[[str], None] = print_note, models: Iterable[str] = MODELS) -> None:
@@ -126,7 +129,7 @@ def set_aside(out: Path, note: Callable[[str], None] = print_note, models: Itera
     for name in models:
         if moved := folder.set_aside(out / name):
             note(f"the earlier run is now {moved}")
-    (out / PLAN).unlink(missing_ok=True)
+    (out / plan.FILE).unlink(missing_ok=True)
 
 
 def table(result: DemoResult, config: TrainConfig = CONFIG) -> str:
@@ -156,55 +159,6 @@ def _check_sizes(built: Mapping[str, LanguageModel]) -> None:
     sizes = {name: model.summary().parameters for name, model in built.items()}
     if max(sizes.values()) > (1 + TOLERANCE) * min(sizes.values()):
         raise UsageError(f"the demo's models differ by more than {TOLERANCE:.0%} in parameters: {sizes}")
-
-
-def _planned_steps(
-    built: Mapping[str, LanguageModel],
-    text: Text,
-    out: Path,
-    config: TrainConfig,
-    most: int,
-    minutes: float,
-    note: Callable[[str], None],
-) -> int:
-    """The number of steps of this demo: the one written down by an earlier call, or what fits into the time given."""
-    plan = out / PLAN
-    if plan.is_file():
-        try:
-            steps = int(json.loads(plan.read_text())["steps"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{plan}: cannot be read ({error})\n  help: choose another --out, or pass --fresh") from error
-        note(f"{out}: a demo of {steps} steps is here; going on with it (--fresh starts a new one)")
-        return steps
-    seconds = {name: _seconds_per_step(model, text, config) for name, model in built.items()}
-    # A validation costs about a third of a step for the same number of bytes.
-    validation = config.eval_bytes / (3 * config.batch * config.length * max(1, config.eval_every))
-    fitting = int(60 * minutes * MARGIN / (sum(seconds.values()) * (1 + validation)))
-    steps = max(10, min(most, fitting))
-    timing = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
-    note(f"one step: {timing}; {steps} of {most} steps fit into {minutes:g} minutes")
-    atomic.write_file(plan, json.dumps({"steps": steps, "seconds_per_step": seconds}).encode())
-    return steps
-
-
-def _seconds_per_step(model: LanguageModel, text: Text, config: TrainConfig) -> float:
-    """The median time of a training step, after one that does not count; weights and random state stay as they were."""
-    state = torch.get_rng_state()
-    device = "cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu"
-    model.to(device)
-    module = LossModule(model, config.compile)
-    times = []
-    for step in range(1 + PROBE_STEPS):
-        started = time.perf_counter()
-        with flushed():
-            loss = module(text.batch(config.seed, step, range(config.batch), config.length).to(device))
-            loss.backward()
-        loss.item()
-        times.append(time.perf_counter() - started)
-        for parameter in model.parameters():
-            parameter.grad = None
-    torch.set_rng_state(state)
-    return median(times[1:])
 
 
 def _row(
