@@ -74,7 +74,8 @@ def main() -> None:
         "python": platform.python_version(),
         "rows": rows,
     }
-    (ROOT / "benchmarks/results").mkdir(exist_ok=True)
+    for folder in ("benchmarks/results", "docs/figures"):
+        (ROOT / folder).mkdir(parents=True, exist_ok=True)
     (ROOT / "benchmarks/results/train_specs.json").write_text(json.dumps(found, indent=1) + "\n")
     shown = {"bigram": floor.bigram, "bzip2": floor.bzip2}
     figures.loss_curves(ROOT / "docs/figures/specs.png", records, shown, f"{CONFIG.steps} steps on the {text.name}")

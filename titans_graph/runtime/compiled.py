@@ -19,14 +19,11 @@ from torch import Tensor, fx
 
 from titans_graph.lowering import Lowered
 from titans_graph.passes import Region
-from titans_graph.runtime.layout import LEAST_PERIODS
 from titans_graph.runtime.runner import Function
 from titans_graph.shapes import Clock
 
 if TYPE_CHECKING:
     from titans_graph.runtime.model import Compiled
-
-LARGEST_SIZE = 1 << 40
 
 
 @dataclass
@@ -101,9 +98,8 @@ def compiler_works() -> bool:
 class CompiledRunner:
     """Hands out compiled functions: one ``torch.compile`` per generated function, whatever the number of layers."""
 
-    def __init__(self, lowered: Lowered, period: int, options: dict[str, Any]) -> None:
+    def __init__(self, lowered: Lowered, options: dict[str, Any]) -> None:
         self.lowered = lowered
-        self.period = period
         self.options = options
         self.warm = False
         self.reports: dict[str, RegionReport] = {}
@@ -140,14 +136,19 @@ class CompiledRunner:
         """Without gradients only: training on single tokens is rare and not worth the compilation of a second program."""
         return not torch.is_grad_enabled() or not self.works
 
-    def prepare(self, region: Region, timed: Sequence[Tensor], clock: Clock) -> None:
-        """Mark the sizes that vary: the grid's slots, and the capacity of growing caches."""
+    def prepare(self, region: Region, timed: Sequence[Tensor], growing: Sequence[Tensor], clock: Clock) -> None:
+        """Mark the sizes that vary: the grid's slots, and the capacity of growing caches.
+
+        Not strictly: shapes such as a number of blocks give guards that hold for every length, which torch cannot prove.
+        """
         if not self.works:
             return
         if region.kind == "whole":
             for tensor in [*timed, clock.valid, clock.position]:
-                torch._dynamo.mark_dynamic(tensor, 1, min=LEAST_PERIODS * self.period, max=LARGEST_SIZE)
-        torch._dynamo.mark_dynamic(clock.room, 0, min=2, max=LARGEST_SIZE)
+                torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        for tensor in growing:
+            torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        torch._dynamo.maybe_mark_dynamic(clock.room, 0)
 
     def report(self) -> Report:
         """The counters so far."""

@@ -221,7 +221,7 @@ class Model(nn.Module):
 
         twin = Compiled.__new__(Compiled)
         twin.__dict__ = copy.copy(self.__dict__)
-        twin._runner = CompiledRunner(self.compilation.lowered, self.compilation.period, options)
+        twin._runner = CompiledRunner(self.compilation.lowered, options)
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Model:

@@ -28,8 +28,8 @@ class Runner(Protocol):
     def single_tokens(self) -> bool:
         """Whether calls of one token take the token program (else the grid of a longer call, mostly empty)."""
 
-    def prepare(self, region: Region, timed: Sequence[Tensor], clock: Clock) -> None:
-        """Called before each call of a region's function with the inputs that have time (to mark dynamic sizes)."""
+    def prepare(self, region: Region, timed: Sequence[Tensor], growing: Sequence[Tensor], clock: Clock) -> None:
+        """Called before each call of a region's function, to mark sizes that vary: of inputs with time, of growing caches."""
 
 
 class Eager:
@@ -47,7 +47,7 @@ class Eager:
         """Always."""
         return True
 
-    def prepare(self, region: Region, timed: Sequence[Tensor], clock: Clock) -> None:
+    def prepare(self, region: Region, timed: Sequence[Tensor], growing: Sequence[Tensor], clock: Clock) -> None:
         """Nothing to prepare."""
 
 
@@ -116,7 +116,8 @@ class Driver:
         local = {local_name(region, n): dict(state) for n, state in nodes.items()}
         types = [self.c.types[ref] for ref in region.inputs]
         pairs = [pair for value, kind in zip(given, types, strict=True) for pair in _timed(value, kind)]
-        self.runner.prepare(region, [t for t, timed in pairs if timed], clock)
+        growing = [t for n, state in nodes.items() if self.c.nodes[n].component.grows for t in state.values()]
+        self.runner.prepare(region, [t for t, timed in pairs if timed], growing, clock)
         outputs, states = self.runner.function(key, region)(holder, *given, local, clock)
         return outputs, {n: states[local_name(region, n)] for n in nodes}
 
