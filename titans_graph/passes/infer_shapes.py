@@ -65,9 +65,9 @@ class _Inference:
         for node in self.c.nodes.values():
             parameters, problems = parse_parameters(node.component.Parameters, node.values)
             if parameters is None:
-                # Reported with the declared graph; only what validation cannot know is new here.
                 self.failed.add(node.name)
-                self.found += [p.kind(p.message, node.place(p.key), node.declared, p.help) for p in problems]
+                if self.c.sound:  # otherwise validation of the declared graph has said it, in its place
+                    self.found += [p.kind(p.message, node.place(p.key), node.declared, p.help) for p in problems]
             self.parameters[node.name] = parameters
 
     def settle(self) -> None:

@@ -1,0 +1,165 @@
+"""What the passes refuse: the place, the line, a caret, and how to mend it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import titans_graph as tg
+from titans_graph import errors
+
+HEAD = "titans_graph: 1\n"
+
+
+def check(tmp_path: Path, text: str) -> list[errors.Diagnostic]:
+    path = tmp_path / "spec.yaml"
+    path.write_text(HEAD + text)
+    return tg.check(path)
+
+
+def rendered(tmp_path: Path, text: str) -> str:
+    return "\n".join(d.render() for d in check(tmp_path, text)).replace(str(tmp_path) + "/", "")
+
+
+def test_a_shape_mismatch_shows_both_shapes_and_where_they_come_from(tmp_path: Path) -> None:
+    text = """input: {x: [B, T, 8]}
+nodes:
+  wide: {use: linear, in: x, dim: 12}
+  y: {use: add, in: [x, wide]}
+output: y
+"""
+    (found,) = check(tmp_path, text)
+    assert isinstance(found, errors.ShapeMismatch)
+    assert found.span is not None
+    assert (found.span.line, found.node) == (5, "y")
+    assert "[B, T, 8] from graph input 'x'" in found.message
+    assert "[B, T, 12] from 'wide'" in found.message
+    assert ":4)" in found.message
+
+
+def test_feedback_without_delay_prints_the_loop(tmp_path: Path) -> None:
+    text = """input: {x: [B, T, 8]}
+nodes:
+  a: {use: add, in: [x, b]}
+  b: {use: linear, in: a}
+output: a
+"""
+    (found,) = check(tmp_path, text)
+    assert isinstance(found, errors.AlgebraicLoop)
+    assert "a.out -> b.x -> b.out -> a.x" in found.help or "b.out -> a.x -> a.out -> b.x" in found.help
+
+
+def test_feedback_through_reading_after_the_own_write_is_refused(tmp_path: Path) -> None:
+    text = """input: {x: [B, T, 8]}
+segment: 8
+nodes:
+  m: {use: memory.neural, opening: x, write: y, ask: x, heads: 2, chunk: 4}
+  y: {use: add, in: [x, m.recall]}
+output: y
+"""
+    (found,) = check(tmp_path, text)
+    assert isinstance(found, errors.AlgebraicLoop)
+    assert "m.recall" in found.help
+
+
+def test_a_leak_is_refused_with_its_path(tmp_path: Path) -> None:
+    text = """input: {x: [B, T, 8]}
+segment: 8
+nodes:
+  n: {use: norm.rms, in: x}
+  y: {use: attention.segment, in: n, heads: 2, causal: false}
+output: y
+"""
+    assert rendered(tmp_path, text) == (
+        "spec.yaml:6:3: error: an output depends on later tokens through 'y': "
+        "every token of a segment reads all of it, later tokens too\n"
+        "    6 |   y: {use: attention.segment, in: n, heads: 2, causal: false}\n"
+        "      |   ^\n"
+        "  help: path: x -> n.out -> y.x -> y.out"
+    )
+
+
+def test_a_segment_must_be_a_multiple_of_the_chunk(tmp_path: Path) -> None:
+    text = """input: {x: [B, T, 8]}
+segment: 10
+nodes:
+  y: {use: memory.neural, in: x, heads: 2, chunk: 4}
+output: y
+"""
+    (found,) = check(tmp_path, text)
+    assert isinstance(found, errors.SegmentProblem)
+    assert found.message == "segment 10 is not a multiple of chunk 4"
+
+
+def test_opening_needs_a_segment_and_recalled_needs_opening(tmp_path: Path) -> None:
+    text = """input: {x: [B, T, 8]}
+nodes:
+  m: {use: memory.neural, opening: x, write: x, heads: 2, chunk: 4}
+  k: {use: memory.neural, write: x, heads: 2, chunk: 4}
+  y: {use: add, in: [m.recalled, k.recalled]}
+output: y
+"""
+    found = check(tmp_path, text)
+    assert [type(d) for d in found] == [errors.SegmentProblem, errors.MissingInput]
+    assert [d.span.line for d in found if d.span] == [4, 5]
+
+
+def test_mistakes_of_language_and_of_shapes_are_reported_together_in_order(tmp_path: Path) -> None:
+    text = """input: {x: [B, T, 8]}
+nodes:
+  wide: {use: linear, in: x, dim: 12}
+  z: {use: add, in: [x, wide]}
+  w: {use: norm.rmz, in: z}
+  y: {use: norm.rms, in: w, epss: 1e-3}
+output: y
+"""
+    found = check(tmp_path, text)
+    assert [type(d) for d in found] == [errors.ShapeMismatch, errors.UnknownComponent, errors.UnknownParameter]
+    assert "did you mean 'norm.rms'?" in found[1].help
+
+
+def test_a_mistake_in_a_block_is_said_once_however_many_copies_there_are(tmp_path: Path) -> None:
+    text = """input: {x: [B, T, 8]}
+nodes:
+  y: {use: layer, in: x, repeat: 5}
+output: y
+blocks:
+  layer:
+    input: {x: [B, T, 8]}
+    nodes:
+      y: {use: attention.full, in: x, heads: 3}
+    output: y
+"""
+    (found,) = check(tmp_path, text)
+    assert found.span is not None
+    assert found.span.line == 10
+
+
+def test_a_block_input_is_checked_against_its_declaration(tmp_path: Path) -> None:
+    text = """input: {x: [B, T, 8]}
+nodes:
+  y: {use: layer, in: x}
+output: y
+blocks:
+  layer:
+    input: {x: [B, T, 16]}
+    nodes:
+      y: {use: norm.rms, in: x}
+    output: y
+"""
+    (found,) = check(tmp_path, text)
+    assert isinstance(found, errors.ShapeMismatch)
+    assert "declared [B, T, 16], got [B, T, 8]" in found.message
+
+
+def test_the_builder_names_the_node() -> None:
+    b = tg.Builder("model")
+    x = b.input("x", ["B", "T", 8])
+    wide = b.add("linear", x, name="wide", dim=12)
+    b.output(b.add("add", [x, wide], name="total"))
+    with pytest.raises(tg.SpecError) as raised:
+        b.build()
+    (found,) = raised.value.diagnostics
+    assert isinstance(found, errors.ShapeMismatch)
+    assert "node 'total'" in str(raised.value)
