@@ -163,3 +163,27 @@ def test_the_builder_names_the_node() -> None:
     (found,) = raised.value.diagnostics
     assert isinstance(found, errors.ShapeMismatch)
     assert "node 'total'" in str(raised.value)
+
+
+def test_a_node_that_reads_a_misspelt_one_does_not_crash_the_check(tmp_path: Path) -> None:
+    text = """input: {tokens: [B, T]}
+nodes:
+  embedded: {use: embeding, in: tokens, vocab: 4, dim: 8}
+  y: {use: norm.rms, in: embedded}
+output: y
+"""
+    (found,) = check(tmp_path, text)
+    assert isinstance(found, errors.UnknownComponent)
+
+
+def test_a_model_has_one_input_and_streams_as_outputs(tmp_path: Path) -> None:
+    text = """input: {x: [B, T, 8], z: [B, T, 8]}
+nodes:
+  p: {use: tokens.persistent, count: 2}
+  y: {use: sequence.concat, in: [p, x, z]}
+output: y
+"""
+    found = check(tmp_path, text)
+    assert [type(d) for d in found] == [errors.ShapeMismatch] * 2
+    assert "a model has one input" in found[0].message
+    assert "output 'y' must be one stream" in found[1].message

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -11,9 +13,9 @@ from titans_graph.errors import UsageError
 from titans_graph.passes import Compilation
 
 
-def compiled(name: str, **options: object) -> Compilation:
+def compiled(name: str, **options: Any) -> Compilation:
     chosen = {k: v for k, v in SMALL.items() if k in parameters(name)}
-    return tg.compilation(name, **{**chosen, **options})  # type: ignore[arg-type]
+    return tg.compilation(name, **{**chosen, **options})
 
 
 def test_expand_gives_every_copy_a_path() -> None:

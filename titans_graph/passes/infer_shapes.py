@@ -108,7 +108,7 @@ class _Inference:
         for port, refs in node.inputs.items():
             values = [self.types.get(ref) for ref in refs]
             known = tuple(v.named(label) for v, label in zip(values, node.labels[port], strict=True) if v is not None)
-            if len(known) < len(refs):
+            if len(known) < len(refs) or not refs:
                 if partial:
                     continue
                 return None
@@ -120,6 +120,7 @@ class _Inference:
     def check(self) -> list[Diagnostic]:
         """Ask every node whose inputs are known once more; what it refuses is reported."""
         self.found += [problem for b in self.c.bindings if (problem := self._misfit(b)) is not None]
+        self.found += self._borders()
         used = self._users()
         for node in self.c.nodes.values():
             if node.name in self.failed:
@@ -139,6 +140,24 @@ class _Inference:
                 continue
             self.sites[node.name] = site
         return self.found
+
+    def _borders(self) -> list[Diagnostic]:
+        """What a model reads and gives: one input with time, outputs of one piece with time."""
+        main = self.c.graph.main
+        found: list[Diagnostic] = []
+        for name in list(self.c.inputs)[1:]:
+            help = "join the streams outside, or give the model one input"
+            found.append(ShapeMismatch(f"a model has one input, {name!r} is another", main.place(name), name, help))
+        for name, value in self.c.inputs.items():
+            if not value.timed:
+                found.append(ShapeMismatch(f"input {name!r} {value.text()} has no time axis", main.place(name), name))
+        for name, ref in self.c.outputs.items():
+            given = self.types.get(ref)
+            if given is not None and not (len(given.pieces) == 1 and given.timed):
+                message = f"output {name!r} must be one stream [B, T, dim], got {given.text()}"
+                place = main.place(f"-> {name}")
+                found.append(ShapeMismatch(message, place, name, "pick one piece with sequence.slice"))
+        return found
 
     def _misfit(self, binding: Binding) -> Diagnostic | None:
         actual, declared = self.types.get(binding.actual), binding.declared
