@@ -7,6 +7,7 @@ token itself; ``opening`` is answered by ``recalled`` with the weights from befo
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -206,6 +207,7 @@ class NeuralMemory(Component, nn.Module):
         self.gate = nn.Linear(dim, inner, bias=False) if p.output_gate else None
         self.controls = nn.Linear(dim, p.heads * (1 + p.momentum + p.forget))
         self.taps = nn.ParameterDict({s: _taps(inner, p.conv) for s in ("query", "key", "value")} if p.conv else {})
+        self.log_momentum = math.log(p.max_momentum) if p.max_momentum else -math.inf
         network = parse_network(p.network)
         self.names = tuple(network.weights(self.size))
         self.initial = nn.ParameterDict(
@@ -332,7 +334,7 @@ class NeuralMemory(Component, nn.Module):
         step = self.p.max_step * parts[0].sigmoid()
         log_momentum = torch.full_like(step, -torch.inf)
         if self.p.momentum:
-            log_momentum = F.logsigmoid(parts[1]) + torch.tensor(self.p.max_momentum).log()
+            log_momentum = F.logsigmoid(parts[1]) + self.log_momentum
         log_keep = F.logsigmoid(parts[-1]) if self.p.forget else torch.zeros_like(step)
         return step, log_momentum, log_keep
 

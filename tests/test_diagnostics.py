@@ -187,3 +187,98 @@ output: y
     assert [type(d) for d in found] == [errors.ShapeMismatch] * 2
     assert "a model has one input" in found[0].message
     assert "output 'y' must be one stream" in found[1].message
+
+
+def test_feedback_between_typed_nodes_is_shown_whole(tmp_path: Path) -> None:
+    text = """input: {x: [B, T, 8]}
+segment: 8
+nodes:
+  m: {use: memory.neural, write: x, ask: y, heads: 2, chunk: 4}
+  y: {use: linear, in: m}
+output: y
+"""
+    assert rendered(tmp_path, text) == (
+        "spec.yaml:5:3: error: feedback without delay through 'm'\n"
+        "    5 |   m: {use: memory.neural, write: x, ask: y, heads: 2, chunk: 4}\n"
+        "      |   ^\n"
+        "  help: loop: m.recall -> y.x -> y.out -> m.ask -> m.recall; "
+        "let it pass through state (memory.neural: opening -> recalled)"
+    )
+
+
+def test_a_shape_mismatch_marks_the_connection(tmp_path: Path) -> None:
+    text = """input: {x: [B, T, 8]}
+nodes:
+  wide: {use: linear, in: x, dim: 12}
+  y: {use: add, in: [x, wide]}
+output: y
+"""
+    assert rendered(tmp_path, text) == (
+        "spec.yaml:5:21: error: cannot add [B, T, 8] and [B, T, 12]: their last sizes differ "
+        "(x [B, T, 8] from graph input 'x'; x [B, T, 12] from 'wide' (spec.yaml:4))\n"
+        "    5 |   y: {use: add, in: [x, wide]}\n"
+        "      |                     ^^^^^^^^^"
+    )
+
+
+def test_segments_that_conflict_in_one_loop_are_both_named(tmp_path: Path) -> None:
+    block = """  %s:
+    input: {x: [B, T, 8], back: [B, T, 8]}
+    segment: %d
+    nodes:
+      m: {use: memory.neural, opening: x, write: back, ask: x, heads: 2, chunk: 4}
+      y: {use: add, in: [x, m.recalled]}
+    output: y
+"""
+    text = """input: {x: [B, T, 8]}
+nodes:
+  p: {use: one, in: x, back: q}
+  q: {use: two, in: p, back: q}
+output: q
+blocks:
+"""
+    assert rendered(tmp_path, text + block % ("one", 8) + block % ("two", 16)) == (
+        "spec.yaml:12:7: error: one feedback loop holds conflicting segments 8, 16\n"
+        "    12 |       m: {use: memory.neural, opening: x, write: back, ask: x, heads: 2, chunk: 4}\n"
+        "       |       ^\n"
+        "  help: give all blocks of the loop one segment"
+    )
+
+
+def test_pieces_that_do_not_fit_the_loop_are_refused(tmp_path: Path) -> None:
+    text = """input: {x: [B, T, 8]}
+segment: 8
+nodes:
+  m: {use: memory.neural, opening: x, write: y, heads: 2, chunk: 4}
+  a: {use: attention.segment, in: m.recalled, heads: 2, segment: 6}
+  y: {use: add, in: [x, a]}
+output: y
+"""
+    (found,) = check(tmp_path, text)
+    assert isinstance(found, errors.SegmentProblem)
+    assert found.message == "'a' works in pieces of 6 tokens inside a loop of 8"
+    assert found.help == "the loop's segment 8 must be a multiple of 6"
+
+
+def test_a_loop_of_single_tokens_is_a_warning_and_builds(tmp_path: Path) -> None:
+    text = """input: {x: [B, T, 8]}
+segment: 1
+nodes:
+  m: {use: memory.neural, opening: x, write: y, heads: 2, chunk: 1}
+  y: {use: add, in: [x, m.recalled]}
+output: y
+"""
+    (found,) = check(tmp_path, text)
+    assert isinstance(found, errors.SlowLoop)
+    assert found.render().splitlines()[0].endswith("warning: this loop runs token by token")
+    assert tg.load(tmp_path / "spec.yaml").compilation.loops[0].period == 1
+
+
+def test_a_broken_reference_is_one_mistake(tmp_path: Path) -> None:
+    text = """input: {x: [B, T, 8]}
+nodes:
+  y: {use: add, in: [x, memm]}
+output: y
+"""
+    (found,) = check(tmp_path, text)
+    assert isinstance(found, errors.UnknownName)

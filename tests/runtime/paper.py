@@ -77,7 +77,7 @@ class Memory:
         """``M(q)``, then norm, gate and output projection (eq. 15 and section 4.4)."""
         q = F.normalize(self.project(stream, "query", x), dim=-1)
         y = torch.stack([self.network(w, q[h]) for h, w in enumerate(weights)])
-        y = rms(y, torch.ones_like(y)).reshape(-1) * self.c.norm
+        y = rms(y, torch.ones_like(y)).reshape(-1) * self.c.norm  # type: ignore[operator]
         out: Tensor = self.c.output(y * self.c.gate(x).sigmoid())  # type: ignore[operator]
         return out
 

@@ -45,8 +45,12 @@ class FlatNode:
     @property
     def declared(self) -> str:
         """The name as declared: block and node, the same for every copy."""
-        local = self.local.split(".")[0]
-        return f"{self.block}.{local}" if self.instance else local
+        return f"{self.block}.{self.key}" if self.instance else self.key
+
+    @property
+    def key(self) -> str:
+        """The name inside its block, without the number of the copy."""
+        return self.local.split(".")[0]
 
     @property
     def component(self) -> type[Component]:
@@ -126,11 +130,13 @@ class Compilation:
     """A declared graph on its way to code. Later fields are filled by later passes.
 
     ``types`` maps every known flat output (and graph input) to its type; ``period`` is the grid alignment in tokens.
+    ``broken`` holds (block, node) of declared nodes that have mistakes already: what is left of them is not looked at.
     ``kernels`` maps node name to the kernel chosen for it; ``share`` says whether equal regions share one code object.
     """
 
     graph: Graph
     diagnostics: tuple[Diagnostic, ...] = ()
+    broken: frozenset[tuple[str, str]] = frozenset()
     nodes: Mapping[str, FlatNode] = field(default_factory=dict)
     inputs: Mapping[str, Value] = field(default_factory=dict)
     outputs: Mapping[str, Ref] = field(default_factory=dict)

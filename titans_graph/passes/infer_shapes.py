@@ -63,6 +63,9 @@ class _Inference:
 
     def _parse(self) -> None:
         for node in self.c.nodes.values():
+            if (node.block, node.key) in self.c.broken:
+                self.failed.add(node.name)
+                continue
             parameters, problems = parse_parameters(node.component.Parameters, node.values)
             if parameters is None:
                 self.failed.add(node.name)

@@ -37,12 +37,16 @@ def compilation(
     declared = declare(source, **parameters)
     if declared.graph is None:
         raise SpecError(declared.diagnostics)
-    start = Compilation(declared.graph, tuple(declared.diagnostics))
+    start = _start(declared, declared.graph)
     if not start.sound:
         raise SpecError(_checked(start))
     done = run(start, PASSES, disable=disable, after=after)
     raise_errors(done.diagnostics)
     return done
+
+
+def _start(declared: Declared, graph: Graph) -> Compilation:
+    return Compilation(graph, tuple(declared.diagnostics), declared.broken)
 
 
 def _checked(start: Compilation) -> list[Diagnostic]:
@@ -55,7 +59,7 @@ def check(source: str | PathLike[str] | Graph, **parameters: Any) -> list[Diagno
     declared = declare(source, **parameters)
     if declared.graph is None:
         return in_order(declared.diagnostics)
-    return _checked(Compilation(declared.graph, tuple(declared.diagnostics)))
+    return _checked(_start(declared, declared.graph))
 
 
 def graph(source: str | PathLike[str], **parameters: Any) -> Graph:
@@ -71,7 +75,7 @@ def check_declared(declared: Declared) -> list[Diagnostic]:
     """Diagnostics of something already read."""
     if declared.graph is None:
         return in_order(declared.diagnostics)
-    return _checked(Compilation(declared.graph, tuple(declared.diagnostics)))
+    return _checked(_start(declared, declared.graph))
 
 
 def build(source: Graph, *, disable: Collection[str] = ()) -> Model:
