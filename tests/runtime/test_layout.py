@@ -121,24 +121,29 @@ def same_clock(a: Clock, b: Clock) -> None:
     assert torch.equal(a.position[a.valid], b.position[b.valid])
 
 
-@given(calls())
-def test_pieces_see_what_calls_of_their_own_would_see(call: Call) -> None:
-    """A piece of one period holds tokens of one document; a separate call of those tokens gives the same clock."""
+@given(calls(), st.data())
+def test_pieces_see_what_calls_of_their_own_would_see(call: Call, data: st.DataObject) -> None:
+    """A piece holds tokens of one document; a separate call of those tokens gives the same clock.
+
+    Pieces may be shorter than the period (segments that divide a longer chunk), so the first of them may lie before ``lead``.
+    """
+    size = data.draw(st.sampled_from([n for n in range(1, call.period + 1) if call.period % n == 0]), label="size")
     layout = call.layout()
     slot, counted = slots(call, layout), positions(call)
-    made = pieces(layout.clock, call.period, layout.used)
-    assert len(made) == -(-layout.used // call.period)
+    made = pieces(layout.clock, size, layout.used)
+    assert len(made) == -(-layout.used // size)
     for n, piece in enumerate(made):
         for row, line in enumerate(counted):
-            inside = [t for t in range(call.tokens) if int(slot[row, t]) // call.period == n]
-            own = part(piece, row, call.period)
+            inside = [t for t in range(call.tokens) if int(slot[row, t]) // size == n]
+            own = part(piece, row, size)
             if not inside:
+                filled = min(max(int(slot[row, 0]) - n * size, 0), size)
                 assert not own.valid.any()
-                assert int(own.end) == int(own.lead)
+                assert int(own.end) == int(own.lead) == filled
                 continue
             start = torch.tensor([line[inside[0]]])
-            alone = grid_layout(start, torch.tensor([0]), None, len(inside), call.period).clock
-            same_clock(own, part(alone, 0, call.period))
+            alone = grid_layout(start, torch.tensor([0]), None, len(inside), size).clock
+            same_clock(own, part(alone, 0, size))
 
 
 @given(calls())

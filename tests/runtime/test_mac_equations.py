@@ -13,7 +13,7 @@ from tests.runtime import paper
 
 LOOPS = {"mac": paper.mac, "mag": paper.mag, "mal": paper.mal}
 # Lengths of the documents of each row: shorter than a chunk (4), inside and across segments (8).
-ROWS = ((3, 9, 5), (11, 1, 5))
+ROWS = ([3, 9, 5], [11, 1, 5])
 PARTS = [2, 7, 1, 7]
 
 

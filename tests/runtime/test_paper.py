@@ -25,4 +25,4 @@ def test_the_block_equals_the_equations(name: str, tokens: int) -> None:
     assert (results[0][0] - results[1][0]).abs().max() <= 1e-9
     names = ["x", *(n for n, _ in model.named_parameters())]
     for n, a, b in zip(names, results[0][1], results[1][1], strict=True):
-        assert (a - b).abs().max() <= 1e-8 * max(1.0, float(b.square().mean().sqrt())), n
+        assert (a - b).abs().max() <= 1e-9 * max(1.0, float(b.square().mean().sqrt())), n
