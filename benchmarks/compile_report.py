@@ -71,7 +71,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as cache:
             flags = ["--training"] if options.training else []
             command = [sys.executable, __file__, "--inside", "--specs", name, "--layers", str(options.layers), *flags]
-            environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "PYTHONPATH": str(ROOT)}
+            # Precompiled headers lie in the default cache, under the folder for temporary files, whatever the cache is.
+            environment = {**os.environ, "TMPDIR": cache, "PYTHONPATH": str(ROOT)}
+            environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
             row = json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
         key = ("spec", "layers", "training")
         rows = [r for r in rows if [r[k] for k in key] != [row[k] for k in key]] + [row]

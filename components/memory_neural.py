@@ -20,6 +20,8 @@ from titans_graph.errors import MissingInput, SegmentProblem, UsageError, WrongT
 from titans_graph.kernels.convolution import causal_conv
 from titans_graph.kernels.memory import memory_read, memory_scan, memory_step
 from titans_graph.kernels.memory_crowding import crowding, step_cap
+from titans_graph.kernels.memory_ops import form_of
+from titans_graph.kernels.memory_prebuild import prebuild
 from titans_graph.kernels.networks import parse_network
 from titans_graph.kernels.timeline import extend, last
 from titans_graph.registry import Component, Port, Site, SiteError, parameter
@@ -243,6 +245,13 @@ class NeuralMemory(Component, nn.Module):
             if self.opens:
                 state["tail.opening"] = zeros(batch, self.p.conv - 1, self.query.in_features)
         return state
+
+    def prebuild(self, batch: int, training: bool) -> None:
+        """Begin to build the bodies of the chunks."""
+        p, weight = self.p, self.query.weight
+        if weight.device.type == "cpu" and p.kernel != "reference":
+            form = form_of(p.network, p.objective, p.read, p.cap == "keys")
+            prebuild(form, batch * p.heads, p.chunk, self.size, weight.dtype, backward=training)
 
     def forward(
         self,

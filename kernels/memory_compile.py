@@ -24,7 +24,13 @@ log = logging.getLogger("titans_graph.kernels")
 Body = Callable[..., Sequence[Tensor]]
 T = TypeVar("T")
 
-_COMPILED: dict[tuple[object, ...], Body] = {}
+Argument = tuple[torch.dtype, tuple[int, ...]]
+Signature = tuple[object, ...]
+
+_COMPILED: dict[Signature, Body] = {}
+
+COMING: dict[Signature, Callable[[], None]] = {}
+"""Bodies that another process is building (:mod:`~titans_graph.kernels.memory_prebuild`): call to wait for one."""
 
 
 def fresh_body(form: Form, count: int) -> Body:
@@ -96,14 +102,25 @@ def compiled(key: tuple[object, ...], body: Body, args: Sequence[Tensor]) -> Bod
     """``body`` compiled for arguments like ``args``, built at the first call for ``key`` and these shapes."""
     if args[0].device.type == "cpu" and not compiler_available():
         return body
-    signature = (*key, args[0].device, *((a.dtype, a.shape) for a in args))
+    signature = signature_of(key, args[0].device, [(a.dtype, tuple(a.shape)) for a in args])
     if signature not in _COMPILED:
-        _COMPILED[signature] = _build(body, args)
+        COMING.pop(signature, lambda: None)()
+        _COMPILED[signature] = build(body, args)
     return _COMPILED[signature]
 
 
-def _build(body: Body, args: Sequence[Tensor]) -> Body:
+def signature_of(
+    key: tuple[object, ...], device: torch.device, args: Sequence[tuple[torch.dtype, tuple[int, ...]]]
+) -> Signature:
+    """What a compiled body belongs to."""
+    return *key, device, *args
+
+
+def build(body: Body, args: Sequence[Tensor]) -> Body:
+    """``body`` compiled for arguments like ``args``, from Inductor's cache on disk where it has been built before."""
     import torch._inductor
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     # Not the arguments: those may be views of tensors that require gradients, and Inductor would look into them.
     examples: list[Any] = [torch.zeros_like(a, memory_format=torch.contiguous_format) for a in args]
@@ -112,7 +129,10 @@ def _build(body: Body, args: Sequence[Tensor]) -> Body:
         for node in graph.graph.nodes:
             # Inductor makes its own fake tensors and refuses those of another tracing.
             node.meta.clear()
+        # Inductor caches on disk only what it compiles for fake tensors of a mode with a shape environment.
+        mode = FakeTensorMode(shape_env=ShapeEnv())
+        fakes: list[Any] = [mode.from_tensor(e, static_shapes=True) for e in examples]
         # One C++ file for all kernels of a body: half the compile time of one file each, and the same speed.
         options = {"cpp_wrapper": args[0].device.type == "cpu"}
-        built: Body = torch._inductor.compile(graph, examples, options=options)
+        built: Body = torch._inductor.compile(graph, fakes, options=options)
     return built

@@ -171,6 +171,9 @@ class Component:
         """The state before the first token, batch first; on the parameters' device and dtype."""
         return {}
 
+    def prebuild(self, batch: int, training: bool) -> None:
+        """Begin, beside the compilation of the model, to build what this component compiles for itself; most nothing."""
+
 
 def parameter(
     default: Any = dataclasses.MISSING,

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from titans_graph.lowering import Lowered
 from titans_graph.passes import Region
+from titans_graph.registry import Component
 from titans_graph.runtime.runner import Function
 from titans_graph.shapes import Clock
 
@@ -104,6 +105,7 @@ class CompiledRunner:
         self.warm = False
         self.reports: dict[str, RegionReport] = {}
         self.functions: dict[str, Function] = {}
+        self.begun: set[tuple[int, bool]] = set()
         self.works = compiler_works()
         if not self.works:
             _warn_once()
@@ -135,6 +137,16 @@ class CompiledRunner:
     def single_tokens(self) -> bool:
         """Without gradients only: training on single tokens is rare and not worth the compilation of a second program."""
         return not torch.is_grad_enabled() or not self.works
+
+    def begin(self, modules: nn.Module, batch: int) -> None:
+        """Let components build what they compile for themselves, once for each batch size."""
+        key = batch, torch.is_grad_enabled()
+        if not self.works or key in self.begun:
+            return
+        self.begun.add(key)
+        for module in modules.modules():
+            if isinstance(module, Component):
+                module.prebuild(*key)
 
     def prepare(self, region: Region, timed: Sequence[Tensor], growing: Sequence[Tensor], clock: Clock) -> None:
         """Mark the sizes that vary: the grid's slots, and the capacity of growing caches.

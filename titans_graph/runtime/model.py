@@ -243,7 +243,7 @@ class Compiled(Model):
         report: Report = self._runner.report()
         return report
 
-    def warm_up(self, batch: int, *, training: bool = False, device: torch.device | None = None) -> Report:
+    def warm_up(self, batch: int, *, training: bool = False) -> Report:
         """Build every variant for this batch size now: one token, and a longer call; with gradients if ``training``."""
         from titans_graph.runtime.compiled import warm_up
 

@@ -28,6 +28,9 @@ class Runner(Protocol):
     def single_tokens(self) -> bool:
         """Whether calls of one token take the token program (else the grid of a longer call, mostly empty)."""
 
+    def begin(self, modules: nn.Module, batch: int) -> None:
+        """Called before the regions of a call of more than one token."""
+
     def prepare(self, region: Region, timed: Sequence[Tensor], growing: Sequence[Tensor], clock: Clock) -> None:
         """Called before each call of a region's function, to mark sizes that vary: of inputs with time, of growing caches."""
 
@@ -46,6 +49,9 @@ class Eager:
     def single_tokens(self) -> bool:
         """Always."""
         return True
+
+    def begin(self, modules: nn.Module, batch: int) -> None:
+        """Nothing to begin."""
 
     def prepare(self, region: Region, timed: Sequence[Tensor], growing: Sequence[Tensor], clock: Clock) -> None:
         """Nothing to prepare."""
@@ -99,6 +105,8 @@ class Driver:
         keys = self.lowered.token if single else self.lowered.whole
         values: dict[Ref, Any] = {Ref(name): x for name, x in inputs.items()}
         nodes = attach(nodes)
+        if not single:
+            self.runner.begin(self.modules, clock.valid.shape[0])
         new: dict[str, Any] = {}
         for region, key in zip(program.regions, keys, strict=True):
             given = [values[ref] for ref in region.inputs]

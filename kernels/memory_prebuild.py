@@ -1,0 +1,129 @@
+"""Building the chunk bodies of a memory beside the regions around it: in a process of its own, on an idle core.
+
+Inductor compiles one thing at a time in a process, mostly on one core. A memory knows its bodies before anything is
+compiled: a second process builds them into Inductor's cache on disk while this one compiles regions, and this one, when
+it comes to need them, waits for that and reads them from there. Nothing depends on it: where the other process fails,
+the body is built here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from titans_graph.kernels.memory_chunk import Form
+from titans_graph.kernels.memory_compile import (
+    COMING,
+    Argument,
+    Signature,
+    build,
+    compiler_available,
+    fresh_body,
+    pullback,
+    signature_of,
+)
+from titans_graph.kernels.memory_objectives import parse_objective
+from titans_graph.kernels.networks import Network, parse_network
+
+CHILDREN: list[subprocess.Popen[bytes]] = []
+SUFFIXES = ".forward", ".backward"
+"""The files that say a body was built; without a suffix: all of them."""
+
+_ASKED: set[Signature] = set()
+
+
+def arguments(network: Network, rows: int, chunk: int, dim: int, dtype: torch.dtype) -> list[Argument]:
+    """Types and shapes of the differentiable inputs of a body: weights, momenta, q, k, v, and the three gates."""
+    state: list[Argument] = [(dtype, (rows, *shape)) for shape in network.weights(dim).values()]
+    return [*state, *state, *[(dtype, (rows, chunk, dim))] * 3, *[(dtype, (rows, chunk))] * 3]
+
+
+def forward_and_backward(inputs: list[Argument]) -> tuple[list[Argument], list[Argument]]:
+    """All arguments of a body and of its pullback."""
+    valid = torch.bool, inputs[-1][1]
+    state = inputs[:-6]
+    return [*inputs, valid], [*inputs, valid, inputs[-6], *state]
+
+
+def prebuild(form: Form, rows: int, chunk: int, dim: int, dtype: torch.dtype, *, backward: bool) -> None:
+    """Begin to build the bodies for a CPU, unless they are built, being built, or this machine has no compiler.
+
+    ``rows`` is batch times heads, ``dim`` the size of a key.
+    """
+    inputs = arguments(form.network, rows, chunk, dim, dtype)
+    first, second = forward_and_backward(inputs)
+    device = torch.device("cpu")
+    kinds = [signature_of((form, None), device, first)]
+    if backward:
+        kinds.append(signature_of((form, len(inputs)), device, second))
+    if kinds[-1] in _ASKED or not compiler_available():
+        return
+    _ASKED.update(kinds)
+    mark = _mark(repr(kinds))
+    if mark is None or mark.exists():
+        return
+    request = {
+        "network": form.network.text(),
+        "objective": form.objective.text(),
+        "read": form.read,
+        "bounded": form.bounded,
+        "inputs": [(str(t).removeprefix("torch."), s) for t, s in inputs],
+        "backward": backward,
+        # Generated code, and with it the entry in the cache, is made for a number of threads.
+        "threads": torch.get_num_threads(),
+        "mark": str(mark),
+    }
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-m", __name__, json.dumps(request)]
+    quiet = subprocess.DEVNULL
+    try:
+        child = subprocess.Popen(command, env=environment, stdin=quiet, stdout=quiet, stderr=quiet)
+    except OSError:
+        return
+    CHILDREN.append(child)
+    COMING.update({kind: partial(_wait, child, mark.with_suffix(s)) for kind, s in zip(kinds, SUFFIXES, strict=False)})
+
+
+def _wait(child: subprocess.Popen[bytes], done: Path) -> None:
+    """Until the other process says that it has built this body, or is gone."""
+    while child.poll() is None and not done.exists():
+        time.sleep(0.01)
+
+
+def _mark(kinds: str) -> Path | None:
+    """The file in Inductor's cache that says the bodies were built; None where torch does not tell where that is."""
+    try:
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+    except ImportError:
+        return None
+    name = hashlib.sha256(f"{torch.__version__} {kinds}".encode()).hexdigest()[:32]
+    return Path(cache_dir()) / f"titans_graph-{name}"
+
+
+def main(request: dict[str, Any]) -> None:
+    """What the other process does: build, and leave a mark after every body."""
+    torch.set_num_threads(request["threads"])
+    form = Form(parse_network(request["network"]), parse_objective(request["objective"]), request["read"], request["bounded"])
+    inputs = [(getattr(torch, name), tuple(shape)) for name, shape in request["inputs"]]
+    first, second = forward_and_backward(inputs)
+    body = fresh_body(form, (len(inputs) - 6) // 2)
+    build(body, [torch.zeros(shape, dtype=dtype) for dtype, shape in first])
+    mark = Path(request["mark"])
+    mark.with_suffix(SUFFIXES[0]).touch()
+    if request["backward"]:
+        build(pullback(body, len(inputs)), [torch.zeros(shape, dtype=dtype) for dtype, shape in second])
+        mark.with_suffix(SUFFIXES[1]).touch()
+    mark.touch()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
