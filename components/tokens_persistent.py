@@ -13,13 +13,17 @@ from titans_graph.shapes import Value, fixed
 
 
 class PersistentTokens(Component, nn.Module):
-    """The learned tokens p_1 .. p_count of eq. 19, independent of the input: ``out [count, dim]``."""
+    """The learned tokens p_1 .. p_count of eq. 19, independent of the input: ``out [count, dim]``.
+
+    ``count`` 0 is a model without them (table 5): a piece of no elements that every sequence and attention may still name,
+    and no parameter.
+    """
 
     @dataclass(frozen=True)
     class Parameters:
         """How many tokens, and how they start."""
 
-        count: int = parameter(doc="how many tokens (N_p in the paper)", minimum=1)
+        count: int = parameter(doc="how many tokens (N_p in the paper); 0 = none", minimum=0)
         dim: int | None = parameter(
             None,
             doc="features per token; null: those of the enclosing block's first input",
@@ -49,7 +53,11 @@ class PersistentTokens(Component, nn.Module):
 
     def __init__(self, site: Site) -> None:
         super().__init__()
-        self.tokens = nn.Parameter(torch.randn(site.parameters.count, self.size(site)) * site.parameters.std)
+        tokens = torch.randn(site.parameters.count, self.size(site)) * site.parameters.std
+        if site.parameters.count:
+            self.tokens = nn.Parameter(tokens)
+        else:  # a buffer only for its device and dtype; checkpoints hold nothing of it
+            self.register_buffer("tokens", tokens, persistent=False)
 
     def forward(self) -> Tensor:
         """-> ``[count, dim]``."""
