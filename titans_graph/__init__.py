@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from titans_graph.builder import Builder
     from titans_graph.errors import Diagnostic, InputError, SpecError, StateError, TitansGraphError
     from titans_graph.ir import Graph, parse
+    from titans_graph.kernels.memory_function import MemoryState, fast_weights, neural_memory
     from titans_graph.runtime import Compiled, Model, State, build, check, compilation, graph, load
 
 _PUBLIC = {
@@ -29,6 +30,7 @@ _PUBLIC = {
     "Diagnostic": "errors",
     "Graph": "ir.model",
     "InputError": "errors",
+    "MemoryState": "kernels.memory_function",
     "Model": "runtime",
     "SpecError": "errors",
     "State": "runtime",
@@ -37,8 +39,10 @@ _PUBLIC = {
     "build": "runtime",
     "check": "runtime",
     "compilation": "runtime",
+    "fast_weights": "kernels.memory_function",
     "graph": "runtime",
     "load": "runtime",
+    "neural_memory": "kernels.memory_function",
     "parse": "ir.text",
 }
 
@@ -48,6 +52,7 @@ __all__ = [
     "Diagnostic",
     "Graph",
     "InputError",
+    "MemoryState",
     "Model",
     "SpecError",
     "State",
@@ -56,8 +61,10 @@ __all__ = [
     "build",
     "check",
     "compilation",
+    "fast_weights",
     "graph",
     "load",
+    "neural_memory",
     "parse",
 ]
 

@@ -1,0 +1,185 @@
+"""One neural memory as a function: any length, any split, with its state as a value (arXiv 2501.00663, section 3).
+
+What a component does around it (projections, convolution, step cap, output gate) is left to the caller; the step in
+particular is used as given.
+
+Shapes: ``B`` batch, ``H`` heads, ``T`` tokens, ``d`` key and value size; fast weights ``{name: [B, H, *shape]}``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import _pytree
+
+from titans_graph.errors import UsageError
+from titans_graph.kernels.memory import memory_scan
+from titans_graph.kernels.memory_objectives import Objective, parse_objective
+from titans_graph.kernels.networks import Network, parse_network
+
+Named = Mapping[str, Tensor]
+Description = str | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class MemoryState:
+    """Where a memory stands after some tokens; everything a later call needs to go on exactly.
+
+    ``weights`` M_t and ``momenta`` S_t after the last token, ``anchor``: the weights the current chunk began with, at
+    which its gradients are taken; each ``{name: [B, H, *shape]}``. ``phase``: tokens of the current chunk that have been
+    read (0: the next token begins one); ``chunk``: its size, None before the first call. A pytree.
+    """
+
+    weights: Named
+    momenta: Named
+    anchor: Named
+    phase: int = 0
+    chunk: int | None = None
+
+    @classmethod
+    def initial(cls, weights: Named, momenta: Named | None = None) -> MemoryState:
+        """The state before the first token: ``weights`` M_0 and ``momenta`` S_0 (zero where not given)."""
+        if momenta is None:
+            momenta = {name: torch.zeros_like(w) for name, w in weights.items()}
+        if {n: w.shape for n, w in weights.items()} != {n: s.shape for n, s in momenta.items()}:
+            raise UsageError("momenta must have the names and shapes of the weights")
+        return cls(dict(weights), dict(momenta), dict(weights))
+
+    def detach(self) -> MemoryState:
+        """The same state, cut from the graph of gradients (truncated backpropagation)."""
+        return self._map(Tensor.detach)
+
+    def reorder(self, rows: Tensor) -> MemoryState:
+        """The state of other rows: ``rows`` int64 ``[B']`` picks from the batch (beam search, dropping rows)."""
+        return self._map(lambda x: x.index_select(0, rows))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> MemoryState:
+        weights, momenta, anchor = (
+            {n: change(x) for n, x in named.items()} for named in (self.weights, self.momenta, self.anchor)
+        )
+        return MemoryState(weights, momenta, anchor, self.phase, self.chunk)
+
+
+_pytree.register_pytree_node(
+    MemoryState,
+    lambda s: ([dict(s.weights), dict(s.momenta), dict(s.anchor)], (s.phase, s.chunk)),
+    lambda parts, rest: MemoryState(*parts, *rest),
+    serialized_type_name="titans_graph.MemoryState",
+)
+
+
+def fast_weights(network: Description | Network, dim: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a memory network's fast weights for keys and values of size ``dim``.
+
+    ``(in, out)`` for a matrix, applied as ``u @ w``; ``(size,)`` for a vector. An MLP has ``w1`` ... ``wL`` in the order
+    of use, SwiGLU ``gate``, ``up``, ``down``, a linear memory ``w``, a declared network its own names.
+    """
+    return dict(parse_network(network).weights(dim))
+
+
+def neural_memory(
+    network: Description | Network,
+    weights: Named | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    step: Tensor,
+    log_momentum: Tensor | None = None,
+    log_keep: Tensor | None = None,
+    chunk: int = 64,
+    objective: Description | Objective = "l2",
+    read: str = "after",
+    state: MemoryState | None = None,
+    kernel: str = "auto",
+) -> tuple[Tensor, MemoryState]:
+    """Memorise ``k -> v`` token by token and answer ``q``: equations 8-15, exact, in chunk-parallel form.
+
+        S_t = eta_t S_(t-1) - theta_t grad l(M_chunk; k_t, v_t)      M_t = (1 - alpha_t) M_(t-1) + S_t      y_t = M_t(q_t)
+
+    with the gradient taken at the weights the token's chunk began with (``chunk`` is part of the model, not a speed knob).
+
+    network: ``"linear"``, ``{"mlp": {...}}``, ``{"swiglu": {...}}``, any declared network; see :func:`fast_weights`.
+    weights: M_0, ``{name: [B, H, *shape]}``; not looked at where a ``state`` is given. q, k, v: ``[B, H, T, d]``, any T.
+    step theta, log_momentum log eta, log_keep log(1 - alpha): ``[B, H, T]``; the logarithms are at most 0, -inf allowed.
+    Without log_momentum there is none (eta = 0), without log_keep nothing is forgotten. The step is used as given; with
+    gradients at chunk starts the stable step shrinks with the chunk and with 1 / (1 - eta) (docs/mathematics.md).
+    objective: ``"l2"`` ||f(k) - v||^2, ``"dot"`` -<f(k), v>, ``{"huber": {"delta": 1.0}}``, ``{"lp": {"p": 3}}``, or one
+    of :func:`~titans_graph.register_objective`. read: weights that answer: ``"after"`` the token's own update,
+    ``"before"`` it, or those of the ``"chunk"``'s start.
+    state: from an earlier call, or :meth:`MemoryState.initial`; any split of a sequence gives the same numbers.
+    kernel: ``reference`` (token by token), ``chunk``, ``compiled`` (chunk bodies built by Inductor once per shape, the
+    fastest on a CPU), ``auto``: ``compiled`` inside ``torch.compile``, else ``chunk``.
+
+    Returns y ``[B, H, T, d]`` and the state after the last token. Gradients reach q, k, v, the gates, the weights or the
+    state's weights, momenta and anchor. Raises :class:`UsageError` where shapes, names or settings do not fit.
+    """
+    net, goal = parse_network(network), parse_objective(objective)
+    if state is None:
+        if weights is None:
+            raise UsageError("neural_memory needs weights, or a state")
+        state = MemoryState.initial(weights)
+    step, log_momentum, log_keep = _gates(step, log_momentum, log_keep)
+    _check(net, state, (q, k, v), (step, log_momentum, log_keep), chunk)
+    state = replace(state, chunk=chunk)
+    tokens = q.shape[2]
+    if tokens == 0:
+        return torch.zeros_like(q), state
+    names = list(net.weights(q.shape[-1]))
+    lead = state.phase
+    # A call within one chunk needs no more slots than that.
+    size = min(chunk, lead + tokens)
+    slots = -(-(lead + tokens) // size) * size
+    q, k, v, step, log_momentum, log_keep = (_spread(x, lead, slots) for x in (q, k, v, step, log_momentum, log_keep))
+    place = torch.arange(slots, device=q.device)
+    valid = ((place >= lead) & (place < lead + tokens)).expand(q.shape[0], slots)
+    # Past the first chunk, because position 0 would restart the row.
+    position = (place + size).expand(q.shape[0], slots)
+    at, before, moving = ([named[n] for n in names] for named in (state.anchor, state.weights, state.momenta))
+    form = net.text(), goal.text(), read, size, False
+    y, *ends = memory_scan(
+        *form, at, before, moving, before, moving, q, k, v, step, log_momentum, log_keep, valid, position, kernel=kernel
+    )
+    anchor, now, momenta = (dict(zip(names, end, strict=True)) for end in ends)
+    phase = (lead + tokens) % chunk
+    return y[:, :, lead : lead + tokens], MemoryState(now, momenta, now if phase == 0 else anchor, phase, chunk)
+
+
+def _gates(step: Tensor, log_momentum: Tensor | None, log_keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    if log_momentum is None:
+        log_momentum = torch.full_like(step, -torch.inf)
+    return step, log_momentum, torch.zeros_like(step) if log_keep is None else log_keep
+
+
+def _spread(x: Tensor, lead: int, slots: int) -> Tensor:
+    """``[B, H, T, ...]`` in the slots from ``lead`` on, zero elsewhere."""
+    after = slots - lead - x.shape[2]
+    return x if lead == after == 0 else F.pad(x, (*[0] * (2 * (x.dim() - 3)), lead, after))
+
+
+def _check(net: Network, state: MemoryState, streams: tuple[Tensor, ...], gates: tuple[Tensor, ...], chunk: int) -> None:
+    q = streams[0]
+    if q.dim() != 4 or any(x.shape != q.shape for x in streams):
+        found = ", ".join(str(list(x.shape)) for x in streams)
+        raise UsageError(f"q, k and v must have one shape [B, H, T, d]; got {found}")
+    if any(x.shape != q.shape[:3] for x in gates):
+        found = ", ".join(str(list(x.shape)) for x in gates)
+        raise UsageError(f"step, log_momentum and log_keep must have the shape {list(q.shape[:3])} of q without d; got {found}")
+    expected = {n: (*q.shape[:2], *shape) for n, shape in net.weights(q.shape[-1]).items()}
+    for kind in ("weights", "momenta", "anchor"):
+        found_shapes = {n: tuple(w.shape) for n, w in getattr(state, kind).items()}
+        if found_shapes != expected:
+            raise UsageError(f"{kind} of {net.text()} must be {_shapes(expected)}; got {_shapes(found_shapes)}")
+    if type(chunk) is not int or chunk < 1:
+        raise UsageError(f"chunk must be a whole number of at least 1, not {chunk!r}")
+    if state.phase and state.chunk != chunk:
+        raise UsageError(f"the state stands inside a chunk of {state.chunk} tokens and cannot go on with chunks of {chunk}")
+
+
+def _shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return "{" + ", ".join(f"{n}: {list(s)}" for n, s in shapes.items()) + "}"
