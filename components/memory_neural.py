@@ -22,7 +22,7 @@ from titans_graph.kernels.memory import memory_read, memory_scan, memory_step
 from titans_graph.kernels.memory_crowding import crowding, step_cap
 from titans_graph.kernels.memory_ops import form_of
 from titans_graph.kernels.memory_prebuild import prebuild
-from titans_graph.kernels.networks import parse_network
+from titans_graph.kernels.networks import NetworkError, parse_network
 from titans_graph.kernels.timeline import extend, last
 from titans_graph.registry import Component, Port, Site, SiteError, parameter
 from titans_graph.shapes import Clock, Dependence, Stage, Value, stream
@@ -50,10 +50,13 @@ class NeuralMemory(Component, nn.Module):
         )
         network: str | Mapping[str, Any] = parameter(
             '{"mlp": {"depth": 2}}',
-            doc="the network that is trained: linear, {mlp: {depth, hidden, activation, residual}}, {swiglu: {hidden}}",
+            doc="the network that is trained: linear, {mlp: {depth, hidden, activation, residual, norm, output_norm, bias}}, "
+            "{swiglu: {hidden}}, {lowrank: {rank}}, or a graph {nodes: {name: {use, in, ...}}, output} (see memory.md)",
             reason="the paper finds depth 2 and more better than 1 (figure 7)",
         )
-        objective: str | Mapping[str, Any] = parameter("l2", doc="l2, dot, {huber: {delta}} or {lp: {p}}", reason="equation 12")
+        objective: str | Mapping[str, Any] = parameter(
+            "l2", doc="l2, dot, {huber: {delta}}, {lp: {p}}, or one of register_objective", reason="equation 12"
+        )
         chunk: int = parameter(
             64,
             doc="tokens that share the weights at which gradients are taken; part of the model, not a speed knob",
@@ -111,7 +114,7 @@ class NeuralMemory(Component, nn.Module):
                 raise SiteError("'forget_bias' has no effect without forget", kind=WrongType, key="forget_bias")
             for key in ("network", "objective"):
                 value = getattr(self, key)
-                object.__setattr__(self, key, value if isinstance(value, str) else json.dumps(value, sort_keys=True))
+                object.__setattr__(self, key, value if isinstance(value, str) else json.dumps(value))
             _canonical(self)
 
     inputs = (
@@ -139,6 +142,7 @@ class NeuralMemory(Component, nn.Module):
         p = site.parameters
         if p.head_dim is None and dim % p.heads:
             raise SiteError(f"heads {p.heads} do not divide the feature size {dim}", key="heads", kind=WrongType)
+        cls._check_network(p, p.head_dim or dim // p.heads)
         if site.connected("opening") and site.segment is None:
             raise SiteError(
                 "'opening' needs an enclosing segment: it reads the weights from before it",
@@ -156,6 +160,18 @@ class NeuralMemory(Component, nn.Module):
         if "recalled" in site.used and "opening" not in site.inputs:
             raise SiteError("'recalled' is read, but 'opening' is not connected", kind=MissingInput)
         return {"recall": stream(dim, "recall"), "recalled": stream(dim, "recalled")}
+
+    @staticmethod
+    def _check_network(p: Any, size: int) -> None:
+        """The network's sizes agree for keys of ``size``, and its weights' names are free."""
+        try:
+            names = parse_network(p.network).weights(size)
+        except NetworkError as error:
+            place = "/".join(("network", *error.path))
+            raise SiteError(f"for keys of size {size}: {error}", kind=WrongType, key=place) from error
+        taken = next((name for name in names if hasattr(nn.ParameterDict(), name)), None)
+        if taken is not None:
+            raise SiteError(f"a fast weight cannot be called {taken!r}; choose another name", kind=WrongType, key="network")
 
     @classmethod
     def dependences(cls, site: Site) -> tuple[Dependence, ...]:
@@ -188,8 +204,11 @@ class NeuralMemory(Component, nn.Module):
         """Projections, and ``12 P - 2 P1 + 2 C io + 2 C^2`` per head for the chunk-parallel update and reading."""
         p, dim = site.parameters, site.features("write")
         size = p.head_dim or dim // p.heads
-        shapes = [s for s in parse_network(p.network).weights(size).values() if len(s) == 2]
-        total, first, io = sum(a * b for a, b in shapes), shapes[0][0] * shapes[0][1], sum(a + b for a, b in shapes)
+        network = parse_network(p.network)
+        known = network.weights(size)
+        shapes = [known[name] for name in network.uses(size) if len(known[name]) == 2]
+        total, io = sum(a * b for a, b in shapes), sum(a + b for a, b in shapes)
+        first = math.prod(shapes[0]) if shapes else 0
         head = 12 * total - 2 * first + 2 * p.chunk * io + 2 * p.chunk**2
         reads = 2 if site.connected("opening") else 1
         projections = 2 * dim * (p.heads * size * (2 + reads * (2 + p.output_gate)) + 3 * p.heads)
@@ -372,4 +391,5 @@ def _canonical(p: Any) -> None:
         try:
             object.__setattr__(p, key, parse(getattr(p, key)).text())
         except UsageError as error:
-            raise SiteError(str(error), kind=WrongType, key=key) from error
+            place = "/".join((key, *getattr(error, "path", ())))
+            raise SiteError(str(error), kind=WrongType, key=place) from error

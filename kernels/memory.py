@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from titans_graph.errors import UsageError
-from titans_graph.kernels.memory_bound import step_bound
+from titans_graph.kernels.memory_bound import bounded_step
 from titans_graph.kernels.memory_chunk import trace_keys
 from titans_graph.kernels.memory_objectives import Objective, parse_objective
 from titans_graph.kernels.memory_ops import scan_op
-from titans_graph.kernels.memory_reference import PlainUse, memory_reference
-from titans_graph.kernels.networks import Network, parse_network
+from titans_graph.kernels.memory_reference import memory_reference
+from titans_graph.kernels.networks import Network, Node, PlainUse, parse_network
 
 log = logging.getLogger("titans_graph.kernels")
 
@@ -154,7 +155,7 @@ def memory_step(
     q1, k1, v1 = (x.flatten(0, 1).to(dtype) for x in (q, k, v))
     theta, eta, keep = (x.flatten().to(dtype) for x in (step, log_momentum.exp(), log_keep.exp()))
     if bounded:
-        theta = theta / step_bound(net, dict(zip(names, at, strict=True)))
+        theta = bounded_step(net, dict(zip(names, at, strict=True)), k1, theta[:, None])[:, 0]
     gradient = _gradient(net, goal, names, at, k1, v1)
     momentum = [_rows(eta, s) * s - _rows(theta, g) * g for s, g in zip(moving, gradient, strict=True)]
     after = [_rows(keep, m) * m + s for m, s in zip(before, momentum, strict=True)]
@@ -175,21 +176,24 @@ def memory_read(network: str | Network, weights: Sequence[Tensor], q: Tensor) ->
 
 def _parsed(network: str | Network, objective: str | Objective) -> tuple[Network, Objective]:
     """Both descriptions parsed; texts by way of plain constants, which is all a traced call may bring back."""
-    net = Network(*_network_parts(network)) if isinstance(network, str) else network
+    net = network
+    if isinstance(net, str):
+        nodes, *rest = _network_parts(net)
+        net = Network(tuple(Node(*node) for node in nodes), *rest)
     goal = Objective(*_objective_parts(objective)) if isinstance(objective, str) else objective
     return net, goal
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _network_parts(text: str) -> tuple[str, tuple[tuple[str, int | float | bool | str | None], ...]]:
+def _network_parts(text: str) -> tuple[tuple[tuple[Any, ...], ...], str, str]:
     network = parse_network(text)
-    return network.family, network.options
+    return tuple(tuple(node) for node in network.nodes), network.output, network.short
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _objective_parts(text: str) -> tuple[str, float]:
+def _objective_parts(text: str) -> tuple[str, tuple[tuple[str, int | float | bool | str | None], ...]]:
     objective = parse_objective(text)
-    return objective.name, objective.option
+    return objective.name, objective.options
 
 
 def _gradient(network: Network, objective: Objective, names: list[str], at: list[Tensor], k: Tensor, v: Tensor) -> list[Tensor]:

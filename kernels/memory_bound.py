@@ -2,9 +2,11 @@
 
 For ``||f(k) - v||^2`` the curvature along a token is twice the squared length of the Jacobian of f by all weights. For
 a linear memory that is ``|k|^2``; for an MLP the other layers' gains multiply it (sum over layers of the product of
-their squared norms). Dividing the step by that bound makes one step rule serve every network.
+their squared norms); for any graph of nodes it is derived from the graph (``Network.curvature``). Dividing the step by that
+bound makes one step rule serve every network.
 
-The norms come from chunk-start weights alone, so the bound is causal and the same in streaming. They are *upper*
+The norms come from chunk-start weights alone, and where a normalisation needs it from the token's own key, so the bound is
+causal and the same in streaming. They are *upper*
 bounds: ``(trace G^16)^(1/32)`` of the smaller Gram matrix, by repeated squaring, is never below the spectral norm and
 at most n^(1/32) above it (14 % at n = 64), where a few power iterations may fall below. The bound is a control, not a
 signal: it is detached, so training cannot trade accuracy for a larger step through it.
@@ -12,16 +14,12 @@ signal: it is detached, so training cannot trade accuracy for a larger step thro
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
 
 import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor
-
-    from titans_graph.kernels.networks import Network
+from titans_graph.kernels.networks import Network, PlainUse
 
 SQUARINGS = 3
 """How often the Gram matrix is squared before its Frobenius norm is taken: exponent 2^(SQUARINGS + 1)."""
@@ -44,13 +42,31 @@ def spectral_bound(weight: Tensor) -> Tensor:
     return bound
 
 
-def step_bound(network: Network, weights: Mapping[str, Tensor]) -> Tensor:
-    """By how much the step must be divided, per row: ``{name: [N, in, out] | [N, size]} -> [N]``, at least 1, detached.
+MEASURES: dict[str, Callable[[Tensor], Tensor]] = {
+    "spectral": spectral_bound,
+    "length": lambda vector: torch.linalg.vector_norm(vector, dim=-1),
+    "largest": lambda vector: vector.abs().amax(-1),
+}
+"""The norms of fast weights by name: ``[N, in, out]`` or ``[N, size]`` to ``[N]``."""
 
-    Never below 1: where weights collapse the Gauss-Newton curvature vanishes but that of the residual does not.
+
+def step_bound(network: Network, weights: Mapping[str, Tensor], keys: Tensor) -> Tensor:
+    """By how much the step must be divided: ``[N]``, or ``[N, C]`` where it depends on the token; at least 1, detached.
+
+    ``weights`` ``{name: [N, in, out] | [N, size]}``, ``keys`` ``[N, C, d]``. Never below 1: where weights collapse the
+    Gauss-Newton curvature vanishes but that of the residual does not. A norm after a fast weight has no finite gain for
+    all tokens, so its gain is taken at each token's own key, from one more pass of the network over the keys.
     """
-    norms = {}
-    for name, weight in weights.items():
-        fixed = weight.detach()
-        norms[name] = spectral_bound(fixed) if fixed.dim() == 3 else fixed.abs().amax(-1)
-    return network.curvature(norms).clamp_min(1.0)
+    fixed = {name: weight.detach() for name, weight in weights.items()}
+    norms = {name: MEASURES[measure](fixed[name]) for name, measure in network.measures().items()}
+    gains: dict[str, Tensor] = {}
+    if network.local():
+        gains = network.local_gains(keys.detach(), PlainUse(fixed))
+        norms = {name: norm[:, None] for name, norm in norms.items()}
+    return network.curvature(norms, keys.shape[-1], gains).clamp_min(1.0)
+
+
+def bounded_step(network: Network, weights: Mapping[str, Tensor], keys: Tensor, step: Tensor) -> Tensor:
+    """``step`` ``[N, C]`` divided by :func:`step_bound`."""
+    bound = step_bound(network, weights, keys)
+    return step / (bound if bound.dim() == 2 else bound[:, None])

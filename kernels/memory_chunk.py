@@ -20,10 +20,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from titans_graph.kernels.memory_bound import step_bound
+from titans_graph.kernels.memory_bound import bounded_step
 from titans_graph.kernels.memory_objectives import Objective
-from titans_graph.kernels.memory_reference import PlainUse
-from titans_graph.kernels.networks import Network
+from titans_graph.kernels.networks import Network, PlainUse
 
 Named = dict[str, Tensor]
 
@@ -201,7 +200,7 @@ def memory_chunk(
     names = list(form.network.weights(q.shape[-1]))
     at, now, moving = (dict(zip(names, values, strict=True)) for values in (anchor, weights, momenta))
     if form.bounded:
-        step = step / step_bound(form.network, at)[:, None]
+        step = bounded_step(form.network, at, k, step)
     mix = mixing(form.read, step, log_momentum, log_keep, valid)
     trace = trace_keys(form.network, form.objective, at, k, v)
     use = PlainUse(at) if form.read == "chunk" else _QueryUse(now, moving, mix, trace)

@@ -1,57 +1,90 @@
 """Objectives of a neural memory: the loss whose gradient is the surprise (arXiv 2501.00663, equation 12).
 
-Every objective is a sum over coordinates of a function of prediction and value, one token at a time. The table is the
-whole list; a new objective is one entry.
+Every objective is a function of one token's prediction and value, summed over tokens: then each token's delta is its own. The
+table holds the project's; :func:`register_objective` adds one of the user's.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from titans_graph.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+Plain = int | float | bool | str | None
+Loss = Callable[..., "Tensor"]
+
 
 class ObjectiveError(UsageError):
-    """The description of a memory objective cannot be understood; the message says what is allowed."""
+    """The description of a memory objective cannot be understood; the message says what is allowed.
+
+    ``path`` leads to the place in the description: keys from the outside in.
+    """
+
+    def __init__(self, message: str, *path: str) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 @dataclass(frozen=True)
 class Objective:
-    """One objective: its name and number-valued option (0.0 where it has none)."""
+    """One objective: its name and its options, complete with defaults, sorted, hashable."""
 
     name: str
-    option: float = 0.0
+    options: tuple[tuple[str, Plain], ...] = ()
 
     def loss(self, prediction: Tensor, value: Tensor) -> Tensor:
         """The summed loss of ``prediction`` against ``value``, both ``[..., d]``; a scalar."""
-        return _TABLE[self.name].loss(prediction, value, self.option).sum()
+        entry = _TABLE[self.name]
+        losses = entry.loss(prediction, value, **dict(self.options))
+        if not entry.own:
+            _check_losses(self.name, losses, prediction)
+        return losses.sum()
 
     def text(self) -> str:
         """The canonical description: ``l2``, ``dot``, or JSON such as ``{"huber": {"delta": 1.0}}``."""
-        entry = _TABLE[self.name]
-        return json.dumps({self.name: {entry.option: self.option}}) if entry.option else self.name
+        return json.dumps({self.name: dict(self.options)}) if self.options else self.name
+
+    def description(self) -> Any:
+        """The objective as plain data."""
+        return {self.name: dict(self.options)} if self.options else self.name
+
+
+def _check_losses(name: str, losses: Any, prediction: Tensor) -> None:
+    """A mean or a sum over tokens would scale or mix them without a word; a number per token or coordinate cannot."""
+    shape = getattr(losses, "shape", None)
+    if shape is None or (shape != prediction.shape and shape != prediction.shape[:-1]):
+        got = f"shape {list(shape)}" if shape is not None else f"{type(losses).__name__}"
+        raise ObjectiveError(
+            f"objective {name!r} gave {got} for predictions of shape {list(prediction.shape)}; it must give one number per "
+            "token or coordinate, without a sum or mean over tokens",
+            name,
+        )
 
 
 @dataclass(frozen=True)
 class _Entry:
-    loss: Callable[[Tensor, Tensor, float], Tensor]
-    option: str = ""
-    default: float = 0.0
-    least: float = 0.0
+    """``least`` bounds each option from below; ``own`` marks the project's own."""
+
+    loss: Loss
+    options: Mapping[str, Plain]
+    least: float = -math.inf
+    own: bool = True
 
 
-def _l2(prediction: Tensor, value: Tensor, option: float) -> Tensor:
+def _l2(prediction: Tensor, value: Tensor) -> Tensor:
     return (prediction - value).square()
 
 
-def _dot(prediction: Tensor, value: Tensor, option: float) -> Tensor:
+def _dot(prediction: Tensor, value: Tensor) -> Tensor:
     return -prediction * value
 
 
@@ -67,12 +100,40 @@ def _lp(prediction: Tensor, value: Tensor, p: float) -> Tensor:
 
 
 _TABLE: dict[str, _Entry] = {
-    "l2": _Entry(_l2),
-    "dot": _Entry(_dot),
-    "huber": _Entry(_huber, "delta", 1.0, 1e-6),
+    "l2": _Entry(_l2, {}),
+    "dot": _Entry(_dot, {}),
+    "huber": _Entry(_huber, {"delta": 1.0}, 1e-6),
     # Below p = 2 the curvature is infinite where the error is zero, so gradients through the memory would not exist.
-    "lp": _Entry(_lp, "p", 3.0, 2.0),
+    "lp": _Entry(_lp, {"p": 3.0}, 2.0),
 }
+
+
+def register_objective(name: str, loss: Loss, **options: Plain) -> None:
+    """Make ``loss`` an objective that specs call ``name``.
+
+    ``loss(prediction, value, **options)`` gets tensors ``[..., d]`` and gives ``[..., d]`` or ``[...]``; what is left is
+    summed. Tokens stand on the axes before the last and must not be mixed: no mean, no sum, no statistics over them.
+    ``options`` are its options with their defaults, whose types a spec must keep; ``{name: {option: value}}`` sets them.
+
+    Training differentiates through the memory's own gradients, so the loss is differentiated twice: where its second
+    derivative does not exist or is infinite (``abs().sqrt()`` at 0, a norm without an epsilon), gradients are NaN; where it
+    is zero everywhere (``abs``, hinges), they do not see the prediction. Smooth such a loss, as ``huber`` does. It is
+    traced for chunks of any content: no branches on values, no ``.item()``.
+
+    Raises :class:`ObjectiveError` where the name is taken by another function or an option has no plain default. The memory
+    of other processes does not know it: register it where a module is imported that they import too.
+    """
+    for key, default in options.items():
+        if default is None or not isinstance(cast(Any, default), int | float | bool | str):
+            raise ObjectiveError(f"objective {name!r}: the default of {key!r} must be a number, a word, true or false")
+    if not name.isidentifier():
+        raise ObjectiveError(f"{name!r} is no name for an objective: letters, digits and '_', a letter first")
+    if not callable(loss):
+        raise ObjectiveError(f"objective {name!r} needs a function loss(prediction, value), not {loss!r:.60}")
+    entry = _Entry(loss, {key: _coerced(default, default) for key, default in sorted(options.items())}, own=False)
+    if _TABLE.get(name, entry) != entry:
+        raise ObjectiveError(f"objective {name!r} is already registered; choose another name")
+    _TABLE[name] = entry
 
 
 def parse_objective(description: str | Mapping[str, Any] | Objective) -> Objective:
@@ -99,15 +160,34 @@ def _parse_text(text: str) -> Objective:
 
 def _parse(description: Any) -> Objective:
     if not isinstance(description, Mapping) or len(description) != 1:
-        raise ObjectiveError(f"an objective is a name or one {{name: options}}, not {description!r}")
-    name, options = next(iter(description.items()))
+        raise ObjectiveError(f"an objective is a name or one {{name: options}}, not {description!r:.200}")
+    name, given = next(iter(description.items()))
     if name not in _TABLE:
-        raise ObjectiveError(f"unknown objective {name!r}; known here: {', '.join(_TABLE)}")
+        close = difflib.get_close_matches(str(name), _TABLE, n=1)
+        meant = f"; did you mean {close[0]!r}?" if close else ""
+        message = f"unknown objective {name!r:.60}{meant}; known here: {', '.join(_TABLE)}; others with register_objective"
+        raise ObjectiveError(message, str(name))
     entry = _TABLE[name]
-    if not isinstance(options, Mapping | None) or set(options or {}) - {entry.option}:
-        allowed = repr(entry.option) if entry.option else "no option"
-        raise ObjectiveError(f"objective {name!r} takes {allowed}, not {options!r}")
-    value = (options or {}).get(entry.option, entry.default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not entry.least <= value < float("inf"):
-        raise ObjectiveError(f"{name}: {entry.option} must be a number of at least {entry.least}, not {value!r}")
-    return Objective(name, float(value))
+    given = {} if given is None else given
+    if not isinstance(given, Mapping) or set(given) - set(entry.options):
+        allowed = ", ".join(map(repr, entry.options)) or "no option"
+        raise ObjectiveError(f"objective {name!r} takes {allowed}, not {given!r:.200}", name)
+    return Objective(name, tuple((key, _value(name, key, entry, given)) for key in entry.options))
+
+
+def _value(name: str, key: str, entry: _Entry, given: Mapping[str, Any]) -> Plain:
+    default = entry.options[key]
+    value = _coerced(given.get(key, default), default)
+    number = isinstance(value, float)
+    if type(value) is not type(default) or (number and not (entry.least <= value and abs(value) < math.inf)):
+        wanted = {bool: "true or false", str: "a word"}.get(type(default), "a number")
+        bound = f" of at least {entry.least:g}" if entry.least > -math.inf else ""
+        raise ObjectiveError(f"{name}: {key} must be {wanted}{bound}, not {given[key]!r:.60}", name, key)
+    return value
+
+
+def _coerced(value: Any, default: Plain) -> Plain:
+    """Numbers as floats where the default is one; true and false are no numbers."""
+    if isinstance(default, bool) or isinstance(value, bool) or not isinstance(value, int | float):
+        return cast(Plain, value)
+    return float(value)

@@ -13,26 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from titans_graph.kernels.memory_bound import step_bound
+from titans_graph.kernels.memory_bound import bounded_step
 from titans_graph.kernels.memory_objectives import Objective, parse_objective
-from titans_graph.kernels.networks import Network, parse_network
+from titans_graph.kernels.networks import Network, PlainUse, parse_network
 
 Weights = list[Tensor]
-
-
-class PlainUse:
-    """Fast weights used as they are: ``linear`` is a matrix product, ``vector`` a broadcast over tokens."""
-
-    def __init__(self, weights: dict[str, Tensor]) -> None:
-        self.weights = weights
-
-    def linear(self, name: str, u: Tensor) -> Tensor:
-        """``u @ W_name``."""
-        return u @ self.weights[name]
-
-    def vector(self, name: str) -> Tensor:
-        """The vector ``name`` with one axis for tokens."""
-        return self.weights[name].unsqueeze(-2)
 
 
 class State(NamedTuple):
@@ -112,7 +97,7 @@ def memory_reference(
         theta, eta, keep = (torch.where(now[:, None], g, torch.zeros_like(g)) for g in gates)
         if bounded:
             flat = {n: w.flatten(0, 1) for n, w in zip(names, at, strict=True)}
-            theta = theta / step_bound(net, flat).view_as(theta)
+            theta = bounded_step(net, flat, k[:, :, t].flatten(0, 1)[:, None], theta.reshape(-1, 1)).view_as(theta)
         gradient = surprise(net, goal, names, at, k[:, :, t], v[:, :, t])
         new_momenta = [_rows(eta, s) * s - _rows(theta, g) * g for s, g in zip(old_momenta, gradient, strict=True)]
         after = [_rows(keep, m) * m + s for m, s in zip(before, new_momenta, strict=True)]

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.test_memory_cases import TIED
 from titans_graph.kernels.memory import memory_scan
 from titans_graph.kernels.memory_bound import spectral_bound, step_bound
 from titans_graph.kernels.memory_reference import predict
-from titans_graph.kernels.networks import Family, Network, NetworkError, parse_network, register
+from titans_graph.kernels.networks import Network, parse_network
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (5, 20), (20, 5), (64, 64)])
@@ -28,7 +29,7 @@ def test_spectral_bound_is_above_and_near(shape: tuple[int, int], scale: float) 
 def test_zero_weights_have_a_finite_bound() -> None:
     net = parse_network({"mlp": {"hidden": 4}})
     zeros = {n: torch.zeros(2, *s) for n, s in net.weights(3).items()}
-    assert torch.equal(step_bound(net, zeros), torch.ones(2))
+    assert torch.equal(step_bound(net, zeros, torch.zeros(2, 1, 3)), torch.ones(2))
 
 
 def jacobian_length(network: Network, weights: dict[str, Tensor], x: Tensor) -> float:
@@ -49,6 +50,9 @@ NETWORKS: list[Any] = [
     {"mlp": {"depth": 3, "hidden": 4, "residual": True, "activation": "gelu"}},
     {"mlp": {"depth": 3, "hidden": 6, "activation": "relu2"}},
     {"swiglu": {"hidden": 6}},
+    {"lowrank": 2},
+    TIED.expand({}),
+    {"mlp": {"depth": 3, "hidden": 6, "norm": True, "output_norm": True, "bias": True, "residual": True}},
 ]
 
 
@@ -59,21 +63,12 @@ def test_step_bound_is_above_the_jacobian(description: Any) -> None:
     for _ in range(20):
         weights = {n: torch.randn(1, *s, generator=g, dtype=torch.float64) for n, s in network.weights(4).items()}
         x = torch.nn.functional.normalize(torch.randn(1, 4, generator=g, dtype=torch.float64), dim=-1)
-        assert jacobian_length(network, weights, x) <= float(step_bound(network, weights)) * (1 + 1e-9)
+        assert jacobian_length(network, weights, x) <= float(step_bound(network, weights, x[:, None])) * (1 + 1e-9)
 
 
 def test_linear_steps_are_not_changed() -> None:
     weights = {"w": torch.randn(3, 8, 8) * 10}
-    assert torch.equal(step_bound(parse_network("linear"), weights), torch.ones(3))
-
-
-def test_a_network_without_a_bound_says_so() -> None:
-    linear = parse_network("linear")
-    family = Family({}, lambda o: None, lambda o, dim: {"w": (dim, dim)}, lambda o, x, use: use.linear("w", x))
-    register("test_unbounded", family)
-    assert linear.weights(3) == Network("test_unbounded").weights(3)
-    with pytest.raises(NetworkError, match="bounded=False"):
-        step_bound(Network("test_unbounded"), {"w": torch.ones(1, 3, 3)})
+    assert torch.equal(step_bound(parse_network("linear"), weights, torch.randn(3, 5, 8)), torch.ones(3))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from titans_graph.kernels.memory import memory_scan
-from titans_graph.kernels.networks import Family, Options, Shapes, Use, activate, parse_network, register
+from titans_graph.kernels.networks import Family, parse_network, register
 
 OUTPUT_BAR, GRADIENT_BAR = 1e-9, 1e-8
 
@@ -108,15 +108,19 @@ def assert_matches_reference(case: Case, kernel: str = "chunk") -> None:
     assert_close(gradients(case, got), gradients(case, want), GRADIENT_BAR)
 
 
-def _tied(options: Options, x: Tensor, use: Use) -> Tensor:
-    """One matrix used twice, a gain, and a bias used twice, at different places."""
-    h = activate("silu", use.linear("w", x) * use.vector("gain") + use.vector("bias"))
-    return use.linear("w", h) + x + use.vector("bias")
-
-
-def _tied_weights(options: Options, dim: int) -> Shapes:
-    return {"w": (dim, dim), "gain": (dim,), "bias": (dim,)}
-
-
-TIED = Family({}, lambda options: None, _tied_weights, _tied, uses=lambda options, dim: ("w", "gain", "bias", "w", "bias"))
+TIED = Family(
+    {},
+    lambda options: {
+        "nodes": {
+            "w": {"use": "fast.linear"},
+            "gain": {"use": "fast.gain"},
+            "bias": {"use": "fast.bias"},
+            "act": {"use": "silu"},
+            "again": {"use": "fast.linear", "weight": "w"},
+            "sum": {"use": "add", "in": ["again", "x"]},
+            "shift": {"use": "fast.bias", "weight": "bias"},
+        }
+    },
+)
+"""One matrix used twice, a gain, and a bias used twice, at different places."""
 register("test_tied", TIED)

@@ -74,8 +74,9 @@ def test_initial_values_keep_the_size_of_signals() -> None:
     for name, shape in network.weights(64).items():
         out = torch.randn(256, shape[0], generator=g) @ network.initialise(name, shape, g)
         assert 0.9 < float(out.std()) < 1.1
-    assert torch.equal(network.initialise("gain", (3,)), torch.ones(3))
-    assert torch.equal(network.initialise("bias", (3,)), torch.zeros(3))
+    vectors = parse_network({"nodes": {"shift": {"use": "fast.bias"}, "g": {"use": "fast.gain"}}})
+    assert torch.equal(vectors.initialise("g", (3,)), torch.ones(3))
+    assert torch.equal(vectors.initialise("shift", (3,)), torch.zeros(3))
 
 
 def test_parsing_needs_no_torch() -> None:
