@@ -59,8 +59,9 @@ class Memory:
         for h in range(self.heads):
             self.keys[h].append(k[h].detach())
             r = sum((o @ k[h].detach()).abs() for o in self.keys[h]).clamp(min=1.0)  # type: ignore[union-attr]
-            cap = (1 - self.max_momentum) / (2 * r * (1 + r.log()))
-            bound = step_bound(parse_network('{"mlp": {"depth": 2}}'), {n: w[None] for n, w in self.anchor[h].items()})[0]
+            cap = (1 - self.max_momentum) / (3 * r * (1 + r.log()))
+            first = {n: w[None] for n, w in self.anchor[h].items()}
+            bound = step_bound(parse_network('{"mlp": {"depth": 2}}'), first, k[h][None, None]).flatten()[0]
             # The gradient is with respect to these weights alone: k and v may depend on earlier reads of the same ones.
             at = {n: w.clone() for n, w in self.anchor[h].items()}
             loss = (self.network(at, k[h]) - v[h]).square().sum()
