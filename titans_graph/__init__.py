@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from titans_graph.errors import Diagnostic, InputError, SpecError, StateError, TitansGraphError
     from titans_graph.ir import Graph, parse
     from titans_graph.kernels.memory_function import MemoryState, fast_weights, neural_memory
+    from titans_graph.kernels.memory_objectives import register_objective
+    from titans_graph.kernels.networks import NetworkBuilder
     from titans_graph.runtime import Compiled, Model, State, build, check, compilation, graph, load
 
 _PUBLIC = {
@@ -32,6 +34,7 @@ _PUBLIC = {
     "InputError": "errors",
     "MemoryState": "kernels.memory_function",
     "Model": "runtime",
+    "NetworkBuilder": "kernels.networks",
     "SpecError": "errors",
     "State": "runtime",
     "StateError": "errors",
@@ -44,6 +47,7 @@ _PUBLIC = {
     "load": "runtime",
     "neural_memory": "kernels.memory_function",
     "parse": "ir.text",
+    "register_objective": "kernels.memory_objectives",
 }
 
 __all__ = [
@@ -54,6 +58,7 @@ __all__ = [
     "InputError",
     "MemoryState",
     "Model",
+    "NetworkBuilder",
     "SpecError",
     "State",
     "StateError",
@@ -66,6 +71,7 @@ __all__ = [
     "load",
     "neural_memory",
     "parse",
+    "register_objective",
 ]
 
 

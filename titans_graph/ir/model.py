@@ -34,6 +34,13 @@ BAD_REF = Ref("?")
 """Stands (by identity) for a reference whose mistake is reported already."""
 
 
+def closest(spans: Mapping[str, Span], key: str) -> Span | None:
+    """The place of ``a/b/c``, or of the closest that is known of what it stands in."""
+    while key not in spans and "/" in key:
+        key = key.rpartition("/")[0]
+    return spans.get(key)
+
+
 @dataclass(frozen=True)
 class Node:
     """One use of a component or block.
@@ -41,8 +48,8 @@ class Node:
     ``parameters`` are the values given in the spec, resolved (defaults are not filled in). ``inputs`` maps input ports
     to references, a tuple even for ports that take one value. ``repeat`` chains that many copies, each reading the one
     before through its first input. ``span`` is the place of the node. ``spans`` holds places of single keys:
-    ``key`` that of a parameter's value or a port's references (``use`` and ``repeat`` among them), ``key[i]`` of one
-    reference of a list, ``key:`` of the key itself.
+    ``key`` that of a parameter's value or a port's references (``use`` and ``repeat`` among them), ``key/inner`` of what
+    stands inside a value, ``key[i]`` of one reference of a list, ``key:`` of the key itself.
     """
 
     name: str
@@ -54,8 +61,8 @@ class Node:
     spans: Mapping[str, Span] = field(default_factory=dict, compare=False)
 
     def place(self, key: str = "") -> Span | None:
-        """The place of a key (parameter or port) of this node, or of the node itself."""
-        return self.spans.get(key, self.span)
+        """The place of a key (parameter or port, ``key/inner`` inside a parameter) of this node, or of the node itself."""
+        return closest(self.spans, key) or self.span
 
     def key_place(self, key: str) -> Span | None:
         """The place where a key itself is written, for mistakes in its name."""

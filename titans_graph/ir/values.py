@@ -28,12 +28,13 @@ def number_problem(value: int | float) -> str:
 def plain_problem(value: Any, tuples: bool = False) -> str:
     """What keeps a value from being written to a spec, or an empty string. Bounded in time, free of recursion.
 
-    ``tuples``: those of Python are welcome too, because :func:`plain` will make them lists.
+    ``tuples``: those of Python are welcome too, because :func:`plain` will make them lists; so is what describes itself.
     """
     stack: list[tuple[Any, int]] = [(value, 0)]
     seen = 0
     while stack:
         item, depth = stack.pop()
+        item = described(item) if tuples else item
         seen += 1
         if seen > MAX_ELEMENTS:
             return f"a value holds more than {MAX_ELEMENTS} elements"
@@ -61,8 +62,15 @@ def _leaf_problem(item: Any) -> str:
     return f"a value must be a number, a word, true, false, null, a list or a mapping, got {type(item).__name__}"
 
 
+def described(value: Any) -> Any:
+    """The plain data of an object that gives it by a method ``description()``, such as a memory network."""
+    describe = None if isinstance(value, type) else getattr(value, "description", None)
+    return describe() if callable(describe) else value
+
+
 def plain(value: Any) -> Any:
     """The same value with tuples turned into lists and mappings into dicts, as a spec would give it (from Python)."""
+    value = described(value)
     if isinstance(value, tuple | list):
         return [plain(v) for v in value]
     if isinstance(value, dict):

@@ -13,6 +13,7 @@ import networkx as nx
 
 from titans_graph.errors import Diagnostic, Span
 from titans_graph.ir import Graph, Ref
+from titans_graph.ir.model import closest
 from titans_graph.registry import Component, Site, lookup
 from titans_graph.shapes import Stage, Value
 
@@ -59,7 +60,7 @@ class FlatNode:
 
     def place(self, key: str = "") -> Span | None:
         """The place of a key (port or parameter) in the file, or of the node."""
-        return self.spans.get(key, self.span)
+        return closest(self.spans, key) or self.span
 
 
 @dataclass(frozen=True)

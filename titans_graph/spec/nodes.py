@@ -20,6 +20,22 @@ if TYPE_CHECKING:
 _EXAMPLE = "write {use: norm.rms, in: x}"
 
 
+_LARGEST = 1000
+"""Values of more elements than this have one place for all of it."""
+
+
+def _places(path: str, tree: Tree) -> dict[str, Span]:
+    """The places of everything inside a mapping, as ``key/inner``: what is written, or the key of what has parts."""
+    if not isinstance(tree, Table):
+        return {}
+    found: dict[str, Span] = {}
+    for key, entry in tree.entries.items():
+        inner = f"{path}/{key}"
+        found[inner] = entry.value.span if isinstance(entry.value, Scalar) else entry.key.span
+        found |= _places(inner, entry.value)
+    return found
+
+
 class NodeReader:
     """Reads the nodes of one block. ``origin`` is the block's name as written, ``names`` what references can mean."""
 
@@ -95,6 +111,8 @@ class NodeReader:
                 inputs[port] = self.references(port, entry.value, spans)
             else:
                 parameters[key] = self.scope.value(entry.value, self.values)
+                if entry.value.size <= _LARGEST:
+                    spans.update(_places(key, entry.value))
         return inputs, parameters
 
     def is_port(self, known: Signature | None, key: str, tree: Tree) -> bool:
