@@ -147,7 +147,8 @@ def neural_memory(
     )
     anchor, now, momenta = (dict(zip(names, end, strict=True)) for end in ends)
     phase = (lead + tokens) % chunk
-    return y[:, :, lead : lead + tokens], MemoryState(now, momenta, now if phase == 0 else anchor, phase, chunk)
+    y = y if slots == tokens else y[:, :, lead : lead + tokens]
+    return y, MemoryState(now, momenta, now if phase == 0 else anchor, phase, chunk)
 
 
 def _gates(step: Tensor, log_momentum: Tensor | None, log_keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,7 +25,7 @@ from titans_graph.kernels.networks import parse_network
 
 log = logging.getLogger("titans_graph.kernels")
 
-EVERY = 1
+EVERY = 4
 """A checkpoint for every how many chunks: more saves memory and runs the forward bodies between once more."""
 
 
@@ -90,10 +90,9 @@ def split(values: list[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
     return [x.view(o.shape) for x, o in zip(values, like, strict=True)]
 
 
-def chunked(x: Tensor, chunk: int) -> Tensor:
-    """``[B, H, G, ...]`` to contiguous ``[chunks, N, C, ...]``, so that one chunk is one block of memory."""
-    b, h, g = x.shape[:3]
-    return x.reshape(b * h, g // chunk, chunk, *x.shape[3:]).transpose(0, 1).contiguous()
+def piece(x: Tensor, c: int, chunk: int) -> Tensor:
+    """Chunk ``c`` of ``[B, H, G, ...]``, contiguous ``[N, C, ...]``: a copy of one chunk at a time, never of all."""
+    return x[:, :, c * chunk : (c + 1) * chunk].flatten(0, 1).contiguous()
 
 
 class Walk(NamedTuple):
@@ -101,14 +100,20 @@ class Walk(NamedTuple):
 
     form: Form
     compiled: bool
+    chunk: int
     flags: list[Flags]
     entry_anchor: list[Tensor]
     tokens: list[Tensor]
     valid: Tensor
 
+    def slots(self, c: int) -> Tensor:
+        """Which slots of chunk ``c`` are valid, ``[N, C]``."""
+        heads = self.tokens[0].shape[1]
+        return self.valid[:, c * self.chunk : (c + 1) * self.chunk].repeat_interleave(heads, 0)
+
     def inputs(self, c: int, weights: list[Tensor], momenta: list[Tensor]) -> list[Tensor]:
         """The differentiable arguments of chunk ``c``'s body."""
-        state = [*weights, *momenta, *(x[c] for x in self.tokens)]
+        state = [*weights, *momenta, *(piece(x, c, self.chunk) for x in self.tokens)]
         if not self.flags[c].resumed:
             return state
         # A row with tokens in a chunk it did not begin is in its first chunk of this call: its anchor is the entry's.
@@ -117,13 +122,13 @@ class Walk(NamedTuple):
     def forward(self, c: int, weights: list[Tensor], momenta: list[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Run chunk ``c``: ``(y [N, C, d], weights', momenta')``."""
         count = len(weights)
-        args = [*self.inputs(c, weights, momenta), self.valid[c]]
+        args = [*self.inputs(c, weights, momenta), self.slots(c)]
         result = self._body(c, count, args, None)(*args)
         return result[0], list(result[1 : 1 + count]), list(result[1 + count :])
 
     def backward(self, c: int, inputs: list[Tensor], cotangents: list[Tensor], count: int) -> list[Tensor]:
         """Input cotangents of chunk ``c``'s body."""
-        args = [*inputs, self.valid[c], *cotangents]
+        args = [*inputs, self.slots(c), *cotangents]
         return list(self._body(c, count, args, len(inputs))(*args))
 
     def _body(self, c: int, count: int, args: list[Tensor], inputs: int | None) -> Body:
@@ -147,8 +152,7 @@ def _walk(
     _announce("compiled" if use_compiled else "chunk", form, str(tokens[0].device))
     heads = tokens[0].shape[1]
     flags = flags_of(valid, position, chunk, heads)
-    slots = chunked(valid[:, None].expand(-1, heads, -1), chunk)
-    return Walk(form, use_compiled, flags, merge(anchor), [chunked(x, chunk) for x in tokens], slots)
+    return Walk(form, use_compiled, chunk, flags, merge(anchor), list(tokens), valid)
 
 
 @torch.library.custom_op("titans_graph::memory_scan", mutates_args=())
@@ -195,9 +199,11 @@ def _forward(
     initial_momenta: list[Tensor],
 ) -> list[Tensor]:
     """The walk over all chunks: ``[y [N, K, C, d], anchor.., weights.., momenta.., saved..]``."""
-    steps, rows, chunk, dim = walk.tokens[0].shape
-    y = now[0].new_empty(rows, steps, chunk, dim)
+    q, chunk, steps = walk.tokens[0], walk.chunk, len(walk.flags)
+    y = q.new_empty(q.shape[0] * q.shape[1], steps, chunk, q.shape[3])
     kept = [x.new_empty(_saved(steps), *x.shape) for x in (*now, *moving)] if save else []
+    for slot in kept:
+        slot[-SPARE:].zero_()
     at = walk.entry_anchor
     for c, flags in enumerate(walk.flags):
         if flags.any_restart:
@@ -207,13 +213,18 @@ def _forward(
                 slot[c // EVERY].copy_(x)
         at = now if flags.all_first else where(flags.first, now, at)
         part, now, moving = walk.forward(c, now, moving)
-        y[:, c] = torch.where(walk.valid[c][..., None], part, 0.0)
+        y[:, c] = torch.where(walk.slots(c)[..., None], part, 0.0)
     # An operator's results must not alias its arguments: the anchor may still be the entry's.
     return [y, *(x.clone() for x in at), *now, *moving, *kept]
 
 
+SPARE = 2
+"""Slots for checkpoints that are never used: a compiled region would be specialised on a size of 1."""
+
+
 def _saved(steps: int) -> int:
-    return (steps + EVERY - 1) // EVERY
+    """Slots for checkpoints of ``steps`` chunks."""
+    return (steps + EVERY - 1) // EVERY + SPARE
 
 
 @scan_op.register_fake
@@ -268,7 +279,7 @@ def backward_op(
         with torch.no_grad(), torch.autocast(anchor[0].device.type, enabled=False):
             walk = _walk(spec, anchor, tokens, valid, position)
             initial = merge(initial_weights), merge(initial_momenta)
-            sweep = _Sweep(walk, initial, list(saved), merge(grads[1:]), chunked(grads[0], chunk))
+            sweep = _Sweep(walk, initial, list(saved), merge(grads[1:]), grads[0])
             for c in reversed(range(len(walk.flags))):
                 sweep.chunk(c)
             return sweep.results()
@@ -289,7 +300,7 @@ class _Sweep:
         self.anchor: list[Tensor] | None = ends[: self.count]
         self.initial_weights = [torch.zeros_like(x) for x in self.weights]
         self.initial_momenta = [torch.zeros_like(x) for x in self.momenta]
-        self.tokens = [x.new_empty(x.shape[1], x.shape[0], *x.shape[2:]) for x in walk.tokens]
+        self.tokens = [x.new_empty(x.shape[0] * x.shape[1], len(walk.flags), walk.chunk, *x.shape[3:]) for x in walk.tokens]
         self.group: list[tuple[list[Tensor], list[Tensor]]] = []
 
     def start(self, c: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -311,7 +322,7 @@ class _Sweep:
         """Carry the cotangents from the end of chunk ``c`` to its start."""
         walk, flags, count = self.walk, self.walk.flags[c], self.count
         inputs = walk.inputs(c, *self.start(c))
-        y = torch.where(walk.valid[c][..., None], self.y[c], 0.0)
+        y = torch.where(walk.slots(c)[..., None], piece(self.y, c, walk.chunk), 0.0)
         grads = walk.backward(c, inputs, [y, *self.weights, *self.momenta], count)
         if flags.resumed:
             body_anchor, grads = grads[:count], grads[count:]
@@ -366,6 +377,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # else the checkpoints get cotangents of zeros, as large as they are
     ctx.spec, ctx.save = inputs[:6], inputs[6]
     anchor, _, _, initial_weights, initial_momenta, tokens, valid, position = inputs[7:]
     ctx.count = len(anchor)
