@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from titans_graph.kernels.memory_objectives import register_objective
     from titans_graph.kernels.networks import NetworkBuilder
     from titans_graph.runtime import Compiled, Model, State, build, check, compilation, graph, load
+    from titans_graph.runtime.health import doctor
 
 _PUBLIC = {
     "Builder": "builder",
@@ -42,6 +43,7 @@ _PUBLIC = {
     "build": "runtime",
     "check": "runtime",
     "compilation": "runtime",
+    "doctor": "runtime.health",
     "fast_weights": "kernels.memory_function",
     "graph": "runtime",
     "load": "runtime",
@@ -66,6 +68,7 @@ __all__ = [
     "build",
     "check",
     "compilation",
+    "doctor",
     "fast_weights",
     "graph",
     "load",

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from titans_graph import __version__
-from titans_graph.cli import inspecting, running
+from titans_graph.cli import doctor, inspecting, running
 from titans_graph.errors import TitansGraphError, UsageError
 
 EXTRA = ("accelerate", "matplotlib", "numpy", "tensorboard", "tqdm")
@@ -54,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"titans-graph {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     inspecting.add_commands(commands)
+    doctor.add_commands(commands)
     running.add_commands(commands)
     return top
 

@@ -1,0 +1,82 @@
+"""``doctor``: let a model read some tokens, and say what its memories did and whether anything went wrong."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from titans_graph.cli.options import Commands, add_spec, command, settings
+from titans_graph.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def add_commands(commands: Commands) -> None:
+    """Add the parser of ``doctor``."""
+    doctor = command(
+        commands,
+        "doctor",
+        "look into the memories of a model while it reads: steps, gates, norms, and the first NaN",
+        "doctor mac --tokens 2048\n  titans-graph doctor runs/mac --text notes.txt --json",
+        "SPEC may also be the folder of a training run or of one of its checkpoints. Ends with 1 where something is not "
+        "finite, or a step is above the largest stable one.",
+    )
+    add_spec(doctor)
+    doctor.add_argument("--tokens", type=int, default=1024, metavar="N", help="tokens to read (default: 1024)")
+    doctor.add_argument("--batch", type=int, default=1, metavar="B", help="rows to read at once (default: 1)")
+    doctor.add_argument("--text", type=Path, metavar="FILE", help="read this file, byte by byte (default: a made-up text)")
+    doctor.add_argument("--seed", type=int, default=0, help="seed of new weights and of the made-up text (default: 0)")
+    doctor.add_argument("--json", action="store_true", help="print everything as JSON")
+    doctor.set_defaults(run=run_doctor)
+
+
+def run_doctor(options: argparse.Namespace) -> int:
+    """The report; 1 where something is wrong."""
+    from titans_graph.runtime.health import doctor, sample
+
+    if options.tokens < 1 or options.batch < 1:
+        raise UsageError("--tokens and --batch must be at least 1")
+    model = _model(options)
+    if options.text is None:
+        x = sample(model, options.batch, options.tokens, options.seed)
+    else:
+        x = _text(model, options.text, options.batch, options.tokens)
+    found = doctor(model, x)
+    print(json.dumps(found.plain(), indent=2, allow_nan=False) if options.json else found.text())
+    return 0 if found.sound else 1
+
+
+def _model(options: argparse.Namespace) -> Any:
+    """The model of a spec with new weights, or of a run with its trained ones."""
+    import torch
+
+    from titans_graph import runtime
+    from titans_graph.spec import shipped
+
+    values = settings(options.set)
+    if not Path(options.spec).is_dir() or options.spec in shipped():
+        torch.manual_seed(options.seed)
+        return runtime.load(options.spec, **values)
+    from titans_graph.training.checkpoint import find
+    from titans_graph.training.loop import print_note
+
+    if values:
+        raise UsageError("--set: a trained model's parameters stand; --set goes with a spec")
+    return find(options.spec, print_note).model(runtime.load)
+
+
+def _text(model: Any, path: Path, rows: int, tokens: int) -> Tensor:
+    """Rows ``[B, T]`` from places spread evenly over a file."""
+    import torch
+
+    (kind,) = model.compilation.inputs.values()
+    if kind.dim is not None:
+        raise UsageError("--text: this model reads a stream of features, not ids")
+    content = path.read_bytes()
+    if len(content) < tokens:
+        raise UsageError(f"--text: {path} has {len(content):,} bytes; give --tokens at most that")
+    starts = [row * (len(content) - tokens) // max(1, rows - 1) for row in range(rows)]
+    return torch.tensor([list(content[s : s + tokens]) for s in starts])
