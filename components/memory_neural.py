@@ -163,15 +163,12 @@ class NeuralMemory(Component, nn.Module):
 
     @staticmethod
     def _check_network(p: Any, size: int) -> None:
-        """The network's sizes agree for keys of ``size``, and its weights' names are free."""
+        """The network's sizes agree for keys of ``size``."""
         try:
-            names = parse_network(p.network).weights(size)
+            parse_network(p.network).weights(size)
         except NetworkError as error:
             place = "/".join(("network", *error.path))
             raise SiteError(f"for keys of size {size}: {error}", kind=WrongType, key=place) from error
-        taken = next((name for name in names if hasattr(nn.ParameterDict(), name)), None)
-        if taken is not None:
-            raise SiteError(f"a fast weight cannot be called {taken!r}; choose another name", kind=WrongType, key="network")
 
     @classmethod
     def dependences(cls, site: Site) -> tuple[Dependence, ...]:
@@ -230,13 +227,10 @@ class NeuralMemory(Component, nn.Module):
         self.taps = nn.ParameterDict({s: _taps(inner, p.conv) for s in ("query", "key", "value")} if p.conv else {})
         self.log_momentum = math.log(p.max_momentum) if p.max_momentum else -math.inf
         network = parse_network(p.network)
-        self.names = tuple(network.weights(self.size))
-        self.initial = nn.ParameterDict(
-            {
-                name: nn.Parameter(torch.stack([network.initialise(name, shape) for _ in range(p.heads)]))
-                for name, shape in network.weights(self.size).items()
-            }
-        )
+        shapes = network.weights(self.size)
+        self.names = _free(list(shapes))
+        starts = [torch.stack([network.initialise(n, shape) for _ in range(p.heads)]) for n, shape in shapes.items()]
+        self.initial = nn.ParameterDict({n: nn.Parameter(start) for n, start in zip(self.names, starts, strict=True)})
         self._start(dim)
 
     def _start(self, dim: int) -> None:
@@ -381,6 +375,17 @@ def _taps(channels: int, taps: int) -> nn.Parameter:
     weight = 0.02 * torch.randn(channels, taps)
     weight[:, 0] += 1.0
     return nn.Parameter(weight)
+
+
+def _free(names: list[str]) -> tuple[str, ...]:
+    """Names that a ParameterDict has no attribute of, such as ``half_`` for a fast weight called ``half``."""
+    taken, found = nn.ParameterDict(), list[str]()
+    for name in names:
+        free = name
+        while hasattr(taken, free) or (free != name and free in (*names, *found)):
+            free += "_"
+        found.append(free)
+    return tuple(found)
 
 
 def _canonical(p: Any) -> None:

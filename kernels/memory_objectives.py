@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -76,7 +77,7 @@ class _Entry:
 
     loss: Loss
     options: Mapping[str, Plain]
-    least: float = -math.inf
+    least: float = -sys.float_info.max
     own: bool = True
 
 
@@ -178,10 +179,10 @@ def _parse(description: Any) -> Objective:
 def _value(name: str, key: str, entry: _Entry, given: Mapping[str, Any]) -> Plain:
     default = entry.options[key]
     value = _coerced(given.get(key, default), default)
-    number = isinstance(value, float)
-    if type(value) is not type(default) or (number and not (entry.least <= value and abs(value) < math.inf)):
+    inside = entry.least <= value < math.inf if isinstance(value, float) else True
+    if type(value) is not type(default) or not inside:
         wanted = {bool: "true or false", str: "a word"}.get(type(default), "a number")
-        bound = f" of at least {entry.least:g}" if entry.least > -math.inf else ""
+        bound = f" of at least {entry.least:g}" if entry.own else ""
         raise ObjectiveError(f"{name}: {key} must be {wanted}{bound}, not {given[key]!r:.60}", name, key)
     return value
 

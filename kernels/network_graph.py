@@ -79,7 +79,7 @@ class Network:
         if sizes[self.output] != dim:
             raise NetworkError(
                 f"output {self.output!r} has size {sizes[self.output]}, but must have that of the input {INPUT!r}, {dim}",
-                "output",
+                *("nodes", self.output),
             )
         sums = [node.inputs for node in self.nodes if node.use == "residual"]
         if sums and all(sizes[before] != sizes[after] for before, after in sums):

@@ -252,7 +252,8 @@ def _rms(options: Options, z: Tensor) -> Tensor:
 
 
 def _rms_gain(options: Options, z: Tensor) -> Tensor:
-    return (z.square().mean(-1) + options["eps"]).rsqrt()
+    eps: float = options["eps"]
+    return (z.square().mean(-1) + eps).rsqrt()
 
 
 def _layer(options: Options, z: Tensor) -> Tensor:
