@@ -144,11 +144,11 @@ def no_form(word: str) -> str:
     parts = re.split(r"[^a-z]+", word.lower())
     for stem, why in NO_FORM.items():
         if any(part.startswith(stem) for part in parts):
-            return f"{word!r} has no chunk-parallel form: {why}"
+            return f"{word!r:.60} has no chunk-parallel form: {why}"
     if parts[0] == "fast":
         return (
-            f"{word!r} has no chunk-parallel form: fast weights are reached as products u @ W (fast.linear), sums (fast.bias) "
-            "and factors (fast.gain) alone, whose gradients per token are outer products"
+            f"{word!r:.60} has no chunk-parallel form: fast weights are reached as products u @ W (fast.linear), sums "
+            "(fast.bias) and factors (fast.gain) alone, whose gradients per token are outer products"
         )
     return ""
 

@@ -76,7 +76,7 @@ def _parse(description: Any) -> Network:
         raise NetworkError(f"a memory network is a name, one {{name: options}}, or {{nodes: ...}}, not {description!r:.200}")
     name, given = next(iter(description.items()))
     if name not in FAMILIES:
-        why = no_form(str(name)) or f"unknown memory network {name!r}; {near(str(name), [*FAMILIES, 'nodes'])}"
+        why = no_form(str(name)) or f"unknown memory network {name!r:.60}; {near(str(name), [*FAMILIES, 'nodes'])}"
         raise NetworkError(why, str(name))
     try:
         return _expand(name, FAMILIES[name], {} if given is None else given)
@@ -93,7 +93,7 @@ def _expand(name: str, family: Family, given: Any) -> Network:
     for key in given:
         if key not in family.defaults:
             why = no_form(str(key)) or near(str(key), family.defaults)
-            raise NetworkError(f"memory network {name!r} has no option {key!r}; {why}", str(key))
+            raise NetworkError(f"memory network {name!r} has no option {key!r:.60}; {why}", str(key))
     options = {**family.defaults, **given}
     family.check(options)
     graph = _parse_graph(family.expand(options))
@@ -107,7 +107,7 @@ def _parse_graph(description: Mapping[Any, Any]) -> Network:
     for key in description:
         if key not in ("nodes", "output"):
             why = no_form(str(key)) or near(str(key), ["nodes", "output"])
-            raise NetworkError(f"a memory network has no key {key!r}; {why}", str(key))
+            raise NetworkError(f"a memory network has no key {key!r:.60}; {why}", str(key))
     nodes = description["nodes"]
     if not isinstance(nodes, Mapping) or not nodes:
         raise NetworkError("nodes of a memory network is a mapping of names, such as {w: {use: fast.linear}}", "nodes")
@@ -133,7 +133,7 @@ def make_node(name: Any, use: Any, inputs: Sequence[str], given: Mapping[Any, An
     where = ("nodes", str(name))
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name == INPUT:
         taken = f"; {INPUT!r} is the network's input" if name == INPUT else "; letters, digits and '_', a letter first"
-        raise NetworkError(f"{name!r} is no name for a node of a memory network{taken}", *where)
+        raise NetworkError(f"{name!r:.60} is no name for a node of a memory network{taken}", *where)
     if not isinstance(use, str) or use not in OPS:
         why = (no_form(use) if isinstance(use, str) else "") or f"unknown operation {use!r:.60}; {near(str(use), OPS)}"
         raise NetworkError(f"node {name!r}: {why}", *where, "use")
@@ -148,7 +148,7 @@ def _options(name: str, use: str, op: Op, given: Mapping[Any, Any]) -> tuple[tup
     for key in given:
         if key not in op.options:
             why = no_form(str(key)) or (near(str(key), op.options) if op.options else "it takes none")
-            raise NetworkError(f"node {name!r}: {use} has no option {key!r}; {why}", "nodes", name, str(key))
+            raise NetworkError(f"node {name!r}: {use} has no option {key!r:.60}; {why}", "nodes", name, str(key))
     options = {}
     for key, option in op.options.items():
         if option.required and key not in given:
@@ -168,7 +168,7 @@ def link(nodes: Sequence[Node], output: Any) -> Network:
     for node in nodes:
         for name in node.inputs:
             if name != INPUT and name not in by_name:
-                message = f"node {node.name!r} reads {name!r}, which does not exist; {near(name, [INPUT, *by_name])}"
+                message = f"node {node.name!r} reads {name!r:.60}, which does not exist; {near(name, [INPUT, *by_name])}"
                 raise NetworkError(message, "nodes", node.name, "in")
     if not isinstance(output, str) or output not in by_name:
         raise NetworkError(f"output {output!r:.60} is no node; {near(str(output), by_name)}", "output")

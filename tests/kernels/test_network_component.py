@@ -221,3 +221,31 @@ def test_the_builder_takes_a_network() -> None:
     assert b.graph().main.nodes[0].parameters["network"] == network.description()
     assert tg.check(tg.parse(b.graph().text())) == []
     assert [k for k in b.build().state_dict() if "initial" in k]
+    model = tg.load("blocks/lmm", dim=16, heads=2, network=network)
+    assert {k.rpartition(".")[2] for k in model.state_dict() if "initial" in k} == {"down", "y"}
+
+
+def test_the_order_of_nodes_is_part_of_a_network(tmp_path: Path) -> None:
+    """Where `in` is not given; two uses of a block whose networks differ in nothing else are two blocks."""
+    text = """titans_graph: 1
+input: {x: [B, T, 8]}
+nodes:
+  one: {use: layer, in: x, network: {nodes: {a: {use: silu}, b: {use: tanh}, w: {use: fast.linear}}}}
+  two: {use: layer, in: one, network: {nodes: {b: {use: tanh}, a: {use: silu}, w: {use: fast.linear}}}}
+output: two
+blocks:
+  layer:
+    parameters: {network: linear}
+    input: {x: [B, T, 8]}
+    nodes:
+      m: {use: memory.neural, in: x, heads: 2, chunk: 4, network: $network}
+    output: m.recall
+"""
+    path = tmp_path / "spec.yaml"
+    path.write_text(text)
+    for graph in (tg.graph(path), tg.parse(tg.graph(path).text())):
+        found = [parse_network(node.values["network"]) for node in tg.compilation(graph).nodes.values()]
+        assert [[node.use for node in network.nodes] for network in found] == [
+            ["silu", "tanh", "fast.linear"],
+            ["tanh", "silu", "fast.linear"],
+        ]

@@ -105,7 +105,7 @@ class Blocks:
         """The name of the block for one set of parameters; the first keeps the template's name, then ``name.2``."""
         table = template.table
         own = self.scope.parameters(table.get("parameters") if table else None, self.values, given)
-        key = (template.name, json.dumps(own, sort_keys=True, default=repr))
+        key = (template.name, json.dumps(own, default=repr))
         if key not in self.instances:
             name = self.fresh(template.name)
             self.instances[key] = name
