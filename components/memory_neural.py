@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from titans_graph.errors import MissingInput, SegmentProblem, UsageError, WrongType
 from titans_graph.kernels.convolution import causal_conv
 from titans_graph.kernels.memory import memory_read, memory_scan, memory_step
+from titans_graph.kernels.memory_compile import ADVANCE, FORWARD, PULLBACK
 from titans_graph.kernels.memory_crowding import crowding, step_cap
 from titans_graph.kernels.memory_ops import form_of
 from titans_graph.kernels.memory_prebuild import prebuild
@@ -264,7 +265,10 @@ class NeuralMemory(Component, nn.Module):
         p, weight = self.p, self.query.weight
         if weight.device.type == "cpu" and p.kernel != "reference":
             form = form_of(p.network, p.objective, p.read, p.cap == "keys")
-            prebuild(form, batch * p.heads, p.chunk, self.size, weight.dtype, backward=training)
+            # In a loop over segments of one chunk nothing is ever recomputed.
+            several = not self.opens or self.segment > p.chunk
+            kinds = [FORWARD, *([PULLBACK, *([ADVANCE] if several else [])] if training else [])]
+            prebuild(form, kinds, batch * p.heads, p.chunk, self.size, weight.dtype)
 
     def forward(
         self,

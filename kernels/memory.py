@@ -21,7 +21,7 @@ from titans_graph.errors import UsageError
 from titans_graph.kernels.memory_bound import bounded_step
 from titans_graph.kernels.memory_chunk import trace_keys
 from titans_graph.kernels.memory_objectives import Objective, parse_objective
-from titans_graph.kernels.memory_ops import scan_op
+from titans_graph.kernels.memory_ops import EVERY, scan_op
 from titans_graph.kernels.memory_reference import memory_reference
 from titans_graph.kernels.networks import Network, Node, PlainUse, parse_network
 
@@ -88,7 +88,7 @@ def memory_scan(
         chunk,
         bounded,
         kernel == "compiled",
-        torch.is_grad_enabled(),
+        EVERY if torch.is_grad_enabled() else 0,
         *state,
         tokens,
         valid,

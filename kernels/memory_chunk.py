@@ -178,32 +178,41 @@ class Form(NamedTuple):
     bounded: bool
 
 
+def step_scale(form: Form, anchor: list[Tensor], k: Tensor) -> Tensor:
+    """What the step of every token is multiplied by where the form is bounded: ``[N, C]``, at most 1, detached.
+
+    ``anchor``: the chunk's first weights; keys ``[N, C, d]``.
+    """
+    names = list(form.network.weights(k.shape[-1]))
+    return bounded_step(form.network, dict(zip(names, anchor, strict=True)), k, torch.ones_like(k[..., 0]))
+
+
 def memory_chunk(
     form: Form,
     anchor: list[Tensor],
     weights: list[Tensor],
     momenta: list[Tensor],
-    q: Tensor,
+    q: Tensor | None,
     k: Tensor,
     v: Tensor,
     step: Tensor,
     log_momentum: Tensor,
     log_keep: Tensor,
     valid: Tensor,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
     """One chunk, or the rest of one: ``(y [N, C, d], weights', momenta')``, equations 8-18.
 
     ``anchor`` holds the chunk's first weights, ``weights`` and ``momenta`` the values just before the first valid slot;
     they differ from the anchor where the chunk is resumed in the middle. q, k, v ``[N, C, d]``, gates and ``valid``
-    ``[N, C]``. Outputs at invalid slots are finite where the inputs are.
+    ``[N, C]``; the step is used as given. Without q nothing is read and y is None. Outputs at invalid slots are finite
+    where the inputs are.
     """
-    names = list(form.network.weights(q.shape[-1]))
+    names = list(form.network.weights(k.shape[-1]))
     at, now, moving = (dict(zip(names, values, strict=True)) for values in (anchor, weights, momenta))
-    if form.bounded:
-        step = bounded_step(form.network, at, k, step)
     mix = mixing(form.read, step, log_momentum, log_keep, valid)
     trace = trace_keys(form.network, form.objective, at, k, v)
-    use = PlainUse(at) if form.read == "chunk" else _QueryUse(now, moving, mix, trace)
-    y = form.network.apply(q, use)
+    y = None
+    if q is not None:
+        y = form.network.apply(q, PlainUse(at) if form.read == "chunk" else _QueryUse(now, moving, mix, trace))
     ends = [_end(mix, trace, name, now[name], moving[name]) for name in names]
     return y, [end[0] for end in ends], [end[1] for end in ends]

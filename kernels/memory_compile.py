@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from titans_graph.kernels.memory_chunk import Form, memory_chunk
+from titans_graph.kernels.memory_chunk import Form, memory_chunk, step_scale
 
 log = logging.getLogger("titans_graph.kernels")
 
@@ -27,34 +27,32 @@ T = TypeVar("T")
 Argument = tuple[torch.dtype, tuple[int, ...]]
 Signature = tuple[object, ...]
 
+FORWARD, ADVANCE, PULLBACK = "forward", "advance", "pullback"
+"""What is built of a chunk: everything; only the state after it; and the vector-Jacobian product of everything."""
+
 _COMPILED: dict[Signature, Body] = {}
 
 COMING: dict[Signature, Callable[[], None]] = {}
 """Bodies that another process is building (:mod:`~titans_graph.kernels.memory_prebuild`): call to wait for one."""
 
 
-def fresh_body(form: Form, count: int) -> Body:
-    """The chunk as a flat function ``(weights.., momenta.., q, k, v, step, log_momentum, log_keep, valid)``.
+def chunk_body(form: Form, count: int, *, resumed: bool = False, answer: bool = True) -> Body:
+    """The chunk as a flat function ``(anchor.., weights.., momenta.., q, k, v, step, log_momentum, log_keep, valid)``.
 
-    ``count`` is the number of fast weights. The chunk begins here: the anchor is the weights. Returns
-    ``(y, weights'.., momenta'..)``.
+    ``count`` is the number of fast weights. Only a ``resumed`` chunk, which began in an earlier call, has an anchor; else
+    the anchor is the weights. Returns ``(y, weights'.., momenta'..)``, and for a bounded form last the scale of the step
+    ``[N, C]``. Without ``answer`` there is neither q nor y.
     """
 
     def body(*args: Tensor) -> tuple[Tensor, ...]:
-        weights, momenta = list(args[:count]), list(args[count : 2 * count])
-        y, new_weights, new_momenta = memory_chunk(form, weights, weights, momenta, *args[2 * count :])
-        return y, *new_weights, *new_momenta
-
-    return body
-
-
-def resumed_body(form: Form, count: int) -> Body:
-    """As :func:`fresh_body` with the anchor as ``count`` more tensors in front: the chunk began in an earlier call."""
-
-    def body(*args: Tensor) -> tuple[Tensor, ...]:
-        parts = [list(args[i * count : (i + 1) * count]) for i in range(3)]
-        y, new_weights, new_momenta = memory_chunk(form, parts[0], parts[1], parts[2], *args[3 * count :])
-        return y, *new_weights, *new_momenta
+        parts = [list(args[i * count : (i + 1) * count]) for i in range(2 + resumed)]
+        anchor, (weights, momenta), tokens = parts[0], parts[-2:], args[(2 + resumed) * count :]
+        q, (k, v, step, log_momentum, log_keep, valid) = (tokens[0] if answer else None), tokens[-6:]
+        scale = [step_scale(form, anchor, k)] if form.bounded else []
+        if scale:
+            step = step * scale[0]
+        y, new, moving = memory_chunk(form, anchor, weights, momenta, q, k, v, step, log_momentum, log_keep, valid)
+        return *([] if y is None else [y]), *new, *moving, *scale
 
     return body
 
@@ -69,6 +67,12 @@ def pullback(body: Body, inputs: int) -> Body:
         return result
 
     return pull
+
+
+def body_of(form: Form, kind: str, count: int, *, resumed: bool = False) -> Body:
+    """The body of a kind for ``count`` fast weights."""
+    body = chunk_body(form, count, resumed=resumed, answer=kind != ADVANCE)
+    return pullback(body, (2 + resumed) * count + 6) if kind == PULLBACK else body
 
 
 def undisturbed(run: Callable[[], T]) -> T:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from titans_graph.errors import UsageError
 from titans_graph.kernels.memory_chunk import Form
-from titans_graph.kernels.memory_compile import Body, compiled, fresh_body, pullback, resumed_body, undisturbed
+from titans_graph.kernels.memory_compile import ADVANCE, FORWARD, PULLBACK, body_of, compiled, undisturbed
 from titans_graph.kernels.memory_objectives import parse_objective
 from titans_graph.kernels.networks import parse_network
 
@@ -119,25 +119,27 @@ class Walk(NamedTuple):
         # A row with tokens in a chunk it did not begin is in its first chunk of this call: its anchor is the entry's.
         return [*where(self.flags[c].first, weights, self.entry_anchor), *state]
 
-    def forward(self, c: int, weights: list[Tensor], momenta: list[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Run chunk ``c``: ``(y [N, C, d], weights', momenta')``."""
-        count = len(weights)
+    def forward(self, c: int, weights: list[Tensor], momenta: list[Tensor]) -> list[Tensor]:
+        """Run chunk ``c``: ``[y [N, C, d], weights'.., momenta'.., scale [N, C] if bounded]``."""
         args = [*self.inputs(c, weights, momenta), self.slots(c)]
-        result = self._body(c, count, args, None)(*args)
-        return result[0], list(result[1 : 1 + count]), list(result[1 + count :])
+        return list(self._run(c, FORWARD, args, len(weights)))
+
+    def advance(self, c: int, weights: list[Tensor], momenta: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights and momenta after chunk ``c``; nothing is read."""
+        count = len(weights)
+        inputs = self.inputs(c, weights, momenta)
+        result = self._run(c, ADVANCE, [*inputs[:-6], *inputs[-5:], self.slots(c)], count)
+        return list(result[:count]), list(result[count:])
 
     def backward(self, c: int, inputs: list[Tensor], cotangents: list[Tensor], count: int) -> list[Tensor]:
         """Input cotangents of chunk ``c``'s body."""
-        args = [*inputs, self.slots(c), *cotangents]
-        return list(self._body(c, count, args, len(inputs))(*args))
+        return list(self._run(c, PULLBACK, [*inputs, self.slots(c), *cotangents], count))
 
-    def _body(self, c: int, count: int, args: list[Tensor], inputs: int | None) -> Body:
+    def _run(self, c: int, kind: str, args: list[Tensor], count: int) -> Sequence[Tensor]:
         resumed = self.flags[c].resumed
-        body = (resumed_body if resumed else fresh_body)(self.form, count)
-        if inputs is not None:
-            body = pullback(body, inputs)
+        body = body_of(self.form, kind, count, resumed=resumed)
         # At most the first chunk of a row is resumed: not worth a compilation of its own.
-        return compiled((self.form, inputs), body, args) if self.compiled and not resumed else body
+        return (compiled((self.form, kind), body, args) if self.compiled and not resumed else body)(*args)
 
 
 def _walk(
@@ -163,7 +165,7 @@ def scan_op(
     chunk: int,
     bounded: bool,
     compiled: bool,
-    save: bool,
+    every: int,
     anchor: Sequence[Tensor],
     weights: Sequence[Tensor],
     momenta: Sequence[Tensor],
@@ -175,15 +177,15 @@ def scan_op(
 ) -> list[Tensor]:
     """``[y, anchor'.., weights'.., momenta'.., saved..]``; ``tokens`` is [q, k, v, step, log_momentum, log_keep].
 
-    ``saved`` holds, with ``save``, per weight and momentum the values that checkpointed chunks start from,
-    ``[K, N, *shape]``.
+    ``saved`` holds, unless ``every`` is 0: where bounded, the scale of the step ``[B, H, G]``; per weight and momentum
+    the values that checkpointed chunks start from, ``[K, N, *shape]``.
     """
     spec = network, objective, read, chunk, bounded, compiled
 
     def run() -> list[Tensor]:
         with torch.no_grad(), torch.autocast(weights[0].device.type, enabled=False):
             walk = _walk(spec, anchor, tokens, valid, position)
-            return _forward(walk, save, merge(weights), merge(momenta), merge(initial_weights), merge(initial_momenta))
+            return _forward(walk, every, merge(weights), merge(momenta), merge(initial_weights), merge(initial_momenta))
 
     y, *rest = undisturbed(run)
     n = 3 * len(weights)
@@ -192,7 +194,7 @@ def scan_op(
 
 def _forward(
     walk: Walk,
-    save: bool,
+    every: int,
     now: list[Tensor],
     moving: list[Tensor],
     initial_weights: list[Tensor],
@@ -201,30 +203,34 @@ def _forward(
     """The walk over all chunks: ``[y [N, K, C, d], anchor.., weights.., momenta.., saved..]``."""
     q, chunk, steps = walk.tokens[0], walk.chunk, len(walk.flags)
     y = q.new_empty(q.shape[0] * q.shape[1], steps, chunk, q.shape[3])
-    kept = [x.new_empty(_saved(steps), *x.shape) for x in (*now, *moving)] if save else []
+    scale = [y.new_empty(y.shape[:3])] if every and walk.form.bounded else []
+    kept = [x.new_empty(_saved(steps, every), *x.shape) for x in (*now, *moving)] if every else []
     for slot in kept:
         slot[-SPARE:].zero_()
     at = walk.entry_anchor
     for c, flags in enumerate(walk.flags):
         if flags.any_restart:
             now, moving = where(flags.restart, initial_weights, now), where(flags.restart, initial_momenta, moving)
-        if save and c % EVERY == 0:
+        if every and c % every == 0:
             for slot, x in zip(kept, (*now, *moving), strict=True):
-                slot[c // EVERY].copy_(x)
+                slot[c // every].copy_(x)
         at = now if flags.all_first else where(flags.first, now, at)
-        part, now, moving = walk.forward(c, now, moving)
+        part, *ends = walk.forward(c, now, moving)
         y[:, c] = torch.where(walk.slots(c)[..., None], part, 0.0)
+        now, moving = ends[: len(now)], ends[len(now) : 2 * len(now)]
+        for slot, x in zip(scale, ends[2 * len(now) :], strict=False):
+            slot[:, c] = x
     # An operator's results must not alias its arguments: the anchor may still be the entry's.
-    return [y, *(x.clone() for x in at), *now, *moving, *kept]
+    return [y, *(x.clone() for x in at), *now, *moving, *(x.view(q.shape[:3]) for x in scale), *kept]
 
 
 SPARE = 2
 """Slots for checkpoints that are never used: a compiled region would be specialised on a size of 1."""
 
 
-def _saved(steps: int) -> int:
+def _saved(steps: int, every: int) -> int:
     """Slots for checkpoints of ``steps`` chunks."""
-    return (steps + EVERY - 1) // EVERY + SPARE
+    return (steps + every - 1) // every + SPARE
 
 
 @scan_op.register_fake
@@ -235,7 +241,7 @@ def _(
     chunk: int,
     bounded: bool,
     compiled: bool,
-    save: bool,
+    every: int,
     anchor: Sequence[Tensor],
     weights: Sequence[Tensor],
     momenta: Sequence[Tensor],
@@ -247,9 +253,12 @@ def _(
 ) -> list[Tensor]:
     q = tokens[0]
     state = [x.new_empty(x.shape) for x in (*anchor, *weights, *momenta)]
-    count = _saved(q.shape[2] // chunk)
-    kept = [x.new_empty(count, x.shape[0] * x.shape[1], *x.shape[2:]) for x in (*weights, *momenta)] if save else []
-    return [q.new_empty(q.shape), *state, *kept]
+    scale = [q.new_empty(q.shape[:3])] if every and bounded else []
+    kept = []
+    if every:
+        count = _saved(q.shape[2] // chunk, every)
+        kept = [x.new_empty(count, x.shape[0] * x.shape[1], *x.shape[2:]) for x in (*weights, *momenta)]
+    return [q.new_empty(q.shape), *state, *scale, *kept]
 
 
 @torch.library.custom_op("titans_graph::memory_scan_backward", mutates_args=())
@@ -260,6 +269,7 @@ def backward_op(
     chunk: int,
     bounded: bool,
     compiled: bool,
+    every: int,
     anchor: Sequence[Tensor],
     initial_weights: Sequence[Tensor],
     initial_momenta: Sequence[Tensor],
@@ -273,16 +283,22 @@ def backward_op(
 
     ``grads`` are those of ``[y, anchor'.., weights'.., momenta'..]``.
     """
-    spec = network, objective, read, chunk, bounded, compiled
+    # The bound on the step is a constant here: forward has found it.
+    spec = network, objective, read, chunk, False, compiled
+    scale, kept = (list(saved[:1]), list(saved[1:])) if bounded else ([], list(saved))
 
     def run() -> list[Tensor]:
         with torch.no_grad(), torch.autocast(anchor[0].device.type, enabled=False):
-            walk = _walk(spec, anchor, tokens, valid, position)
+            taken = [*tokens[:3], *(tokens[3] * x for x in scale), *tokens[3 + len(scale) :]]
+            walk = _walk(spec, anchor, taken, valid, position)
             initial = merge(initial_weights), merge(initial_momenta)
-            sweep = _Sweep(walk, initial, list(saved), merge(grads[1:]), grads[0])
+            sweep = _Sweep(walk, every, initial, kept, merge(grads[1:]), grads[0])
             for c in reversed(range(len(walk.flags))):
                 sweep.chunk(c)
-            return sweep.results()
+            results = sweep.results()
+            for x in scale:
+                results[-3] *= x.view_as(results[-3])
+            return results
 
     like = [*anchor, *anchor, *anchor, *initial_weights, *initial_momenta, *tokens]
     return split(undisturbed(run), like)
@@ -292,9 +308,15 @@ class _Sweep:
     """The reverse walk: carries the cotangents of anchor, weights and momenta, and gathers those of the tokens."""
 
     def __init__(
-        self, walk: Walk, initial: tuple[list[Tensor], list[Tensor]], saved: list[Tensor], ends: list[Tensor], y: Tensor
+        self,
+        walk: Walk,
+        every: int,
+        initial: tuple[list[Tensor], list[Tensor]],
+        saved: list[Tensor],
+        ends: list[Tensor],
+        y: Tensor,
     ) -> None:
-        self.walk, self.initial, self.saved, self.y = walk, initial, saved, y
+        self.walk, self.every, self.initial, self.saved, self.y = walk, every, initial, saved, y
         self.count = len(ends) // 3
         self.weights, self.momenta = ends[self.count : 2 * self.count], ends[2 * self.count :]
         self.anchor: list[Tensor] | None = ends[: self.count]
@@ -306,12 +328,12 @@ class _Sweep:
     def start(self, c: int) -> tuple[list[Tensor], list[Tensor]]:
         """Weights and momenta that chunk ``c`` starts from: a checkpoint, or recomputed from the one before."""
         if not self.group:
-            base = c - c % EVERY
-            kept = [x[base // EVERY] for x in self.saved]
+            base = c - c % self.every
+            kept = [x[base // self.every] for x in self.saved]
             now, moving = kept[: self.count], kept[self.count :]
             self.group = [(now, moving)]
             for i in range(base, c):
-                _, now, moving = self.walk.forward(i, now, moving)
+                now, moving = self.walk.advance(i, now, moving)
                 flags = self.walk.flags[i + 1]
                 if flags.any_restart:
                     now, moving = (where(flags.restart, a, b) for a, b in zip(self.initial, (now, moving), strict=True))
@@ -363,6 +385,7 @@ def _(
     chunk: int,
     bounded: bool,
     compiled: bool,
+    every: int,
     anchor: Sequence[Tensor],
     initial_weights: Sequence[Tensor],
     initial_momenta: Sequence[Tensor],
@@ -378,7 +401,7 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.set_materialize_grads(False)  # else the checkpoints get cotangents of zeros, as large as they are
-    ctx.spec, ctx.save = inputs[:6], inputs[6]
+    ctx.spec = inputs[:7]
     anchor, _, _, initial_weights, initial_momenta, tokens, valid, position = inputs[7:]
     ctx.count = len(anchor)
     ends = output[: 1 + 3 * ctx.count]
@@ -387,7 +410,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 
 
 def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    if not ctx.save:
+    if not ctx.spec[-1]:
         raise UsageError("memory_scan ran without gradients enabled and cannot be differentiated")
     n = ctx.count
     kept = list(ctx.saved_tensors)  # Once: activation checkpointing unpacks at every access.

@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,22 +23,21 @@ import torch
 
 from titans_graph.kernels.memory_chunk import Form
 from titans_graph.kernels.memory_compile import (
+    ADVANCE,
     COMING,
+    FORWARD,
+    PULLBACK,
     Argument,
     Signature,
+    body_of,
     build,
     compiler_available,
-    fresh_body,
-    pullback,
     signature_of,
 )
 from titans_graph.kernels.memory_objectives import parse_objective
 from titans_graph.kernels.networks import Network, parse_network
 
 CHILDREN: list[subprocess.Popen[bytes]] = []
-SUFFIXES = ".forward", ".backward"
-"""The files that say a body was built; without a suffix: all of them."""
-
 _ASKED: set[Signature] = set()
 
 
@@ -47,28 +47,27 @@ def arguments(network: Network, rows: int, chunk: int, dim: int, dtype: torch.dt
     return [*state, *state, *[(dtype, (rows, chunk, dim))] * 3, *[(dtype, (rows, chunk))] * 3]
 
 
-def forward_and_backward(inputs: list[Argument]) -> tuple[list[Argument], list[Argument]]:
-    """All arguments of a body and of its pullback."""
-    valid = torch.bool, inputs[-1][1]
-    state = inputs[:-6]
-    return [*inputs, valid], [*inputs, valid, inputs[-6], *state]
+def all_arguments(kind: str, inputs: list[Argument]) -> list[Argument]:
+    """What the body of a kind is called with."""
+    valid, answer, state = (torch.bool, inputs[-1][1]), inputs[-6], inputs[:-6]
+    if kind == ADVANCE:
+        return [*state, *inputs[-5:], valid]
+    return [*inputs, valid, answer, *state] if kind == PULLBACK else [*inputs, valid]
 
 
-def prebuild(form: Form, rows: int, chunk: int, dim: int, dtype: torch.dtype, *, backward: bool) -> None:
-    """Begin to build the bodies for a CPU, unless they are built, being built, or this machine has no compiler.
+def prebuild(form: Form, kinds: Sequence[str], rows: int, chunk: int, dim: int, dtype: torch.dtype) -> None:
+    """Begin to build bodies for a CPU, unless they are built, being built, or this machine has no compiler.
 
-    ``rows`` is batch times heads, ``dim`` the size of a key.
+    ``kinds``: in the order in which they will be needed. ``rows`` is batch times heads, ``dim`` the size of a key.
     """
     inputs = arguments(form.network, rows, chunk, dim, dtype)
-    first, second = forward_and_backward(inputs)
-    device = torch.device("cpu")
-    kinds = [signature_of((form, None), device, first)]
-    if backward:
-        kinds.append(signature_of((form, len(inputs)), device, second))
-    if kinds[-1] in _ASKED or not compiler_available():
+    signatures = {
+        kind: signature_of((form_for(form, kind), kind), torch.device("cpu"), all_arguments(kind, inputs)) for kind in kinds
+    }
+    if _ASKED.issuperset(signatures.values()) or not compiler_available():
         return
-    _ASKED.update(kinds)
-    mark = _mark(repr(kinds))
+    _ASKED.update(signatures.values())
+    mark = _mark(repr(signatures))
     if mark is None or mark.exists():
         return
     request = {
@@ -77,7 +76,7 @@ def prebuild(form: Form, rows: int, chunk: int, dim: int, dtype: torch.dtype, *,
         "read": form.read,
         "bounded": form.bounded,
         "inputs": [(str(t).removeprefix("torch."), s) for t, s in inputs],
-        "backward": backward,
+        "kinds": list(kinds),
         # Generated code, and with it the entry in the cache, is made for a number of threads.
         "threads": torch.get_num_threads(),
         "mark": str(mark),
@@ -90,7 +89,12 @@ def prebuild(form: Form, rows: int, chunk: int, dim: int, dtype: torch.dtype, *,
     except OSError:
         return
     CHILDREN.append(child)
-    COMING.update({kind: partial(_wait, child, mark.with_suffix(s)) for kind, s in zip(kinds, SUFFIXES, strict=False)})
+    COMING.update({s: partial(_wait, child, mark.with_suffix(f".{kind}")) for kind, s in signatures.items()})
+
+
+def form_for(form: Form, kind: str) -> Form:
+    """The form a kind of body is built for: only forward finds the bound on the step."""
+    return form if kind == FORWARD else form._replace(bounded=False)
 
 
 def _wait(child: subprocess.Popen[bytes], done: Path) -> None:
@@ -114,14 +118,11 @@ def main(request: dict[str, Any]) -> None:
     torch.set_num_threads(request["threads"])
     form = Form(parse_network(request["network"]), parse_objective(request["objective"]), request["read"], request["bounded"])
     inputs = [(getattr(torch, name), tuple(shape)) for name, shape in request["inputs"]]
-    first, second = forward_and_backward(inputs)
-    body = fresh_body(form, (len(inputs) - 6) // 2)
-    build(body, [torch.zeros(shape, dtype=dtype) for dtype, shape in first])
     mark = Path(request["mark"])
-    mark.with_suffix(SUFFIXES[0]).touch()
-    if request["backward"]:
-        build(pullback(body, len(inputs)), [torch.zeros(shape, dtype=dtype) for dtype, shape in second])
-        mark.with_suffix(SUFFIXES[1]).touch()
+    for kind in request["kinds"]:
+        body = body_of(form_for(form, kind), kind, (len(inputs) - 6) // 2)
+        build(body, [torch.zeros(shape, dtype=dtype) for dtype, shape in all_arguments(kind, inputs)])
+        mark.with_suffix(f".{kind}").touch()
     mark.touch()
 
 

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.kernels.test_memory_cases import STATE, Case, assert_close, call, gradients, make
 from titans_graph.errors import UsageError
-from titans_graph.kernels import memory_compile, memory_ops
+from titans_graph.kernels import memory, memory_compile, memory_ops
 from titans_graph.kernels.memory import memory_scan, memory_step
 
 # Called with unpacked lists, which no checker follows.
@@ -31,7 +31,7 @@ def inputs(case: Case) -> tuple[list[list[Tensor]], list[Tensor], Tensor, Tensor
 def test_operator_registration() -> None:
     case = make(NETWORK, slots=8)
     state, tokens, valid, position = inputs(case)
-    args = (case.network, "l2", "after", 4, True, False, True, *state, tokens, valid, position)
+    args = (case.network, "l2", "after", 4, True, False, 2, *state, tokens, valid, position)
     found = torch.library.opcheck(memory_ops.scan_op, args)
     assert set(found.values()) == {"SUCCESS"}
 
@@ -60,14 +60,14 @@ def test_fewer_checkpoints_give_the_same_gradients(every: int, monkeypatch: pyte
     case = make(NETWORK, slots=16)
     case.position[1] = (torch.arange(16) - 8) % 16
     plain = gradients(case, call(case))
-    monkeypatch.setattr(memory_ops, "EVERY", every)
+    monkeypatch.setattr(memory, "EVERY", every)
     assert_close(gradients(case, call(case)), plain, 1e-14)
 
 
 def test_backward_without_saving_is_an_error() -> None:
     case = make("linear")
     state, tokens, valid, position = inputs(case)
-    result = memory_ops.scan_op(case.network, "l2", "after", 4, False, False, False, *state, tokens, valid, position)
+    result = memory_ops.scan_op(case.network, "l2", "after", 4, False, False, 0, *state, tokens, valid, position)
     with pytest.raises(UsageError, match="without gradients"):
         result[0].sum().backward()
 
@@ -144,4 +144,4 @@ def test_compiled_bodies_equal_eager_ones() -> None:
         got, want = call(case, "compiled"), call(case)
         assert_close(got, want, 1e-12)
         assert_close(gradients(case, got), gradients(case, want), 1e-12)
-    assert len(memory_compile._COMPILED) == 2
+    assert len(memory_compile._COMPILED) == 3

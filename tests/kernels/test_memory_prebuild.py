@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from titans_graph.kernels import memory_compile, memory_prebuild
-from titans_graph.kernels.memory_compile import COMING, Argument, Body, Signature, compiled, fresh_body, pullback
+from titans_graph.kernels.memory_compile import ADVANCE, COMING, FORWARD, PULLBACK, Argument, Signature, body_of, compiled
 from titans_graph.kernels.memory_ops import form_of
 
 ROOT = Path(__file__).resolve().parents[2]
-FORM = form_of("linear", "l2", "after", False)
+FORM = form_of("linear", "l2", "after", True)
 
 
 @pytest.fixture
@@ -35,12 +35,19 @@ def tensors(arguments: list[Argument]) -> list[torch.Tensor]:
     return [torch.zeros(shape, dtype=dtype) for dtype, shape in arguments]
 
 
-def build_here(size: int) -> tuple[Body, Body]:
-    inputs = memory_prebuild.arguments(FORM.network, 2, 4, size, torch.float32)
-    first, second = memory_prebuild.forward_and_backward(inputs)
-    body = fresh_body(FORM, 1)
-    forward = compiled((FORM, None), body, tensors(first))
-    return forward, compiled((FORM, len(inputs)), pullback(body, len(inputs)), tensors(second))
+KINDS = (FORWARD, PULLBACK, ADVANCE)
+
+
+def ask(*kinds: str) -> None:
+    memory_prebuild.prebuild(FORM, kinds, 2, 4, 3, torch.float32)
+
+
+def build_here() -> None:
+    """Every body, as the operators build it."""
+    inputs = memory_prebuild.arguments(FORM.network, 2, 4, 3, torch.float32)
+    for kind in KINDS:
+        form = memory_prebuild.form_for(FORM, kind)
+        compiled((form, kind), body_of(form, kind, 1), tensors(memory_prebuild.all_arguments(kind, inputs)))
 
 
 SCRIPT = """
@@ -48,10 +55,10 @@ from torch._dynamo.utils import counters
 import torch
 from titans_graph.kernels import memory_prebuild
 from titans_graph.kernels.memory_compile import COMING
-from test_memory_prebuild import FORM, build_here
-memory_prebuild.prebuild(FORM, 2, 4, 3, torch.float32, backward=True)
-assert len(COMING) == 2
-build_here(3)
+from test_memory_prebuild import KINDS, ask, build_here
+ask(*KINDS)
+assert len(COMING) == 3
+build_here()
 assert not COMING
 print(counters["inductor"]["fxgraph_cache_hit"])
 """
@@ -61,13 +68,13 @@ print(counters["inductor"]["fxgraph_cache_hit"])
 def test_bodies_of_the_other_process_are_found(tmp_path: Path) -> None:
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}
     run = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, check=True, capture_output=True, text=True)
-    assert run.stdout == "2\n"
-    assert len(list(tmp_path.glob("titans_graph-*"))) == 3
+    assert run.stdout == "3\n"
+    assert len(list(tmp_path.glob("titans_graph-*"))) == 4
 
 
 def test_where_the_other_process_fails_nobody_waits(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    memory_prebuild.prebuild(FORM, 2, 4, 3, torch.float32, backward=True)
+    ask(FORWARD, PULLBACK)
     assert len(COMING) == 2
     for wait in COMING.values():
         wait()
@@ -76,9 +83,9 @@ def test_where_the_other_process_fails_nobody_waits(cache: Path, monkeypatch: py
 
 def test_nothing_is_asked_for_twice(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    memory_prebuild.prebuild(FORM, 2, 4, 3, torch.float32, backward=False)
+    ask(FORWARD)
     COMING.clear()
-    memory_prebuild.prebuild(FORM, 2, 4, 3, torch.float32, backward=False)
+    ask(FORWARD)
     assert not COMING
-    memory_prebuild.prebuild(FORM, 2, 4, 3, torch.float32, backward=True)
+    ask(FORWARD, PULLBACK)
     assert COMING

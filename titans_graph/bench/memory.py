@@ -99,7 +99,7 @@ def inference(case: Case, inputs: Inputs) -> None:
 def training(case: Case, inputs: Inputs) -> None:
     """Forward and backward, with the gradients of all inputs."""
     y, _ = forward(case, inputs)
-    y.backward(torch.ones_like(y))
+    torch.autograd.backward(y, torch.ones_like(y))
     for x in inputs.leaves():
         x.grad = None
 

@@ -1,0 +1,108 @@
+"""One memory layer, forward and backward in a fresh process: seconds and the memory of the call, as JSON.
+
+    python layer.py SETTING TOKENS ROUNDS
+
+Runs as a script under any interpreter: ``ours`` needs this package, the others titans-pytorch 0.5.5, which lives in an
+environment of its own. Every layer is 256 wide, has 4 heads and a memory of 64 -> 256 -> 64, and runs on one thread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DIM, HEADS, CHUNK = 256, 4, 64
+Layer = Callable[[torch.Tensor], torch.Tensor]
+
+PEERS: dict[str, tuple[int, int | None, bool]] = {
+    "per-token": (1, CHUNK, False),
+    "per-chunk": (CHUNK, CHUNK, False),
+    "default-compiled": (CHUNK, None, True),
+}
+"""Settings of titans-pytorch: its chunk_size (tokens of one update), batch_size (tokens after which gradients are taken at
+new weights; None: never) and whether torch.compile is used. ``per-token`` has the meaning of ours."""
+
+
+def ours(tokens: int) -> Layer:
+    """The component ``memory.neural`` as it comes (with convolution and output gate), compiled for a batch of one."""
+    import titans_graph as tg
+
+    b = tg.Builder(dim=DIM)
+    x = b.input("x", ["B", "T", "dim"])
+    memory = b.add("memory.neural", write=x, heads=HEADS, chunk=CHUNK, network={"mlp": {"depth": 2}}, name="memory")
+    b.output(memory.recall)
+    model = b.build().compile()
+    return lambda x: model(x)[0]
+
+
+def theirs(setting: str) -> Layer:
+    """NeuralMemory of titans-pytorch."""
+    from titans_pytorch import NeuralMemory  # type: ignore[import-not-found,unused-ignore]
+
+    chunk, batch, compiled = PEERS[setting]
+    # Its default step of at most 1 overflows as soon as the weights move within a sequence; 0.1 is its own script's.
+    memory: Any = NeuralMemory(
+        dim=DIM,
+        heads=HEADS,
+        dim_head=DIM // HEADS,
+        chunk_size=chunk,
+        batch_size=batch,
+        default_step_transform_max_lr=1.0 if batch is None else 0.1,
+        default_model_kwargs={"depth": 2, "expansion_factor": 4.0},
+    )
+    for p in memory.parameters():
+        # Views of stride 0, which no optimiser can step.
+        p.data = p.data.clone()
+    run = torch.compile(memory) if compiled else memory
+    return lambda x: run(x)[0]
+
+
+def resident(field: str) -> int:
+    """A field of ``/proc/self/status`` in bytes: VmRSS now, VmHWM the peak."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def measure(layer: Layer, tokens: int, rounds: int) -> dict[str, float]:
+    """Median seconds of forward and backward, and how far the peak rises over what is resident before."""
+    x = torch.randn(1, tokens, DIM, generator=torch.Generator().manual_seed(0), requires_grad=True)
+
+    def run() -> None:
+        torch.autograd.backward(layer(x).sum())
+        x.grad = None
+
+    run()  # builds what is compiled
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return {"seconds": statistics.median(times), "bytes": resident("VmHWM") - before}
+
+
+def main() -> None:
+    """Measure what the arguments say."""
+    setting, tokens, rounds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    torch.manual_seed(0)
+    layer = ours(tokens) if setting == "ours" else theirs(setting)
+    print(json.dumps({"torch": torch.__version__, "pid": os.getpid(), **measure(layer, tokens, rounds)}))
+
+
+if __name__ == "__main__":
+    main()
