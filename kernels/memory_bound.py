@@ -5,11 +5,11 @@ a linear memory that is ``|k|^2``; for an MLP the other layers' gains multiply i
 their squared norms); for any graph of nodes it is derived from the graph (``Network.curvature``). Dividing the step by that
 bound makes one step rule serve every network.
 
-The norms come from chunk-start weights alone, and where a normalisation needs it from the token's own key, so the bound is
-causal and the same in streaming. They are *upper*
-bounds: ``(trace G^16)^(1/32)`` of the smaller Gram matrix, by repeated squaring, is never below the spectral norm and
-at most n^(1/32) above it (14 % at n = 64), where a few power iterations may fall below. The bound is a control, not a
-signal: it is detached, so training cannot trade accuracy for a larger step through it.
+The norms come from chunk-start weights alone, and the gains of normalisations from the token's own key as well, so the
+bound is causal and the same in streaming. Norms are *upper* bounds: ``(trace G^16)^(1/32)`` of the smaller Gram matrix, by
+repeated squaring, is never below the spectral norm and at most n^(1/32) above it (14 % at n = 64), where a few power
+iterations may fall below. The bound is a control, not a signal: it is detached, so training cannot trade accuracy for a
+larger step through it.
 """
 
 from __future__ import annotations
