@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from titans_graph.errors import MissingInput, SegmentProblem, UsageError, WrongType
 from titans_graph.kernels.convolution import causal_conv
 from titans_graph.kernels.memory import memory_read, memory_scan, memory_step
-from titans_graph.kernels.memory_compile import ADVANCE, FORWARD, PULLBACK
 from titans_graph.kernels.memory_crowding import crowding, step_cap
 from titans_graph.kernels.memory_ops import form_of
-from titans_graph.kernels.memory_prebuild import prebuild
+from titans_graph.kernels.memory_prebuild import kinds, prebuild
 from titans_graph.kernels.networks import NetworkError, parse_network
 from titans_graph.kernels.timeline import extend, last
 from titans_graph.registry import Component, Port, Site, SiteError, parameter
@@ -228,8 +227,7 @@ class NeuralMemory(Component, nn.Module):
         self.taps = nn.ParameterDict({s: _taps(inner, p.conv) for s in ("query", "key", "value")} if p.conv else {})
         self.log_momentum = math.log(p.max_momentum) if p.max_momentum else -math.inf
         network = parse_network(p.network)
-        shapes = network.weights(self.size)
-        self.names = _free(list(shapes))
+        self.names = _free(list(shapes := network.weights(self.size)))
         starts = [torch.stack([network.initialise(n, shape) for _ in range(p.heads)]) for n, shape in shapes.items()]
         self.initial = nn.ParameterDict({n: nn.Parameter(start) for n, start in zip(self.names, starts, strict=True)})
         self._start(dim)
@@ -265,10 +263,8 @@ class NeuralMemory(Component, nn.Module):
         p, weight = self.p, self.query.weight
         if weight.device.type == "cpu" and p.kernel != "reference":
             form = form_of(p.network, p.objective, p.read, p.cap == "keys")
-            # In a loop over segments of one chunk nothing is ever recomputed.
-            several = not self.opens or self.segment > p.chunk
-            kinds = [FORWARD, *([PULLBACK, *([ADVANCE] if several else [])] if training else [])]
-            prebuild(form, kinds, batch * p.heads, p.chunk, self.size, weight.dtype)
+            needed = kinds(training=training, several=not self.opens or self.segment > p.chunk)
+            prebuild(form, needed, batch * p.heads, p.chunk, self.size, weight.dtype)
 
     def forward(
         self,

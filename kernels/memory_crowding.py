@@ -24,7 +24,7 @@ def crowding(k: Tensor, ring: Tensor, valid: Tensor, position: Tensor, lead: Ten
     """
     k, ring = k.detach(), ring.detach()
     if k.shape[2] == 1:
-        return _one(k, ring, position)
+        return _one(k, ring, valid, position)
     r, fresh = _whole(k, ring, valid, lead, end)
     return r, fresh
 
@@ -59,11 +59,11 @@ def _blocks(x: Tensor, chunk: int) -> Tensor:
     return x.reshape(x.shape[0], x.shape[1] // chunk, chunk, *x.shape[2:])
 
 
-def _one(k: Tensor, ring: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+def _one(k: Tensor, ring: Tensor, valid: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
     """One token: it takes its slot in the ring, and sees the slots up to its own."""
     chunk = ring.shape[1]
     slot = position % chunk
-    here = torch.arange(chunk, device=k.device) == slot
+    here = (torch.arange(chunk, device=k.device) == slot) & valid
     merged = torch.where(here[..., None, None], k.transpose(1, 2), ring)
     alike = torch.einsum("bchd,bhd->bhc", merged, k[:, :, 0]).abs()
     seen = torch.arange(chunk, device=k.device) <= slot

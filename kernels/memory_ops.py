@@ -12,15 +12,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from titans_graph.errors import UsageError
 from titans_graph.kernels.memory_chunk import Form
-from titans_graph.kernels.memory_compile import ADVANCE, FORWARD, PULLBACK, body_of, compiled, undisturbed
+from titans_graph.kernels.memory_compile import undisturbed
 from titans_graph.kernels.memory_objectives import parse_objective
+from titans_graph.kernels.memory_walk import Flags, Walk, added, flags_of, masked, merge, piece, split, where
 from titans_graph.kernels.networks import parse_network
 
 log = logging.getLogger("titans_graph.kernels")
@@ -38,108 +39,6 @@ def form_of(network: str, objective: str, read: str, bounded: bool) -> Form:
 @lru_cache(maxsize=64)
 def _announce(kernel: str, form: Form, device: str) -> None:
     log.info("memory_scan: kernel %s on %s for %s", kernel, device, form.network.text())
-
-
-class Flags(NamedTuple):
-    """What the rows do at one chunk; the booleans are read on the host once a call.
-
-    ``first`` and ``restart`` are ``[N]``. ``all_first``: every row begins a chunk. ``any_restart``: some row restarts.
-    ``resumed``: some row has tokens here whose chunk began in an earlier call.
-    """
-
-    first: Tensor
-    restart: Tensor
-    all_first: bool
-    any_restart: bool
-    resumed: bool
-
-
-def flags_of(valid: Tensor, position: Tensor, chunk: int, heads: int) -> list[Flags]:
-    """One :class:`Flags` per chunk from ``[B, G]`` valid and position."""
-    batch = valid.shape[0]
-    first = valid[:, ::chunk]
-    restart = first & (position[:, ::chunk] == 0)
-    late = ~first & valid.view(batch, valid.shape[1] // chunk, chunk).any(-1)
-    host = torch.stack([first.all(0), restart.any(0), late.any(0)], 1).tolist()
-    rows = torch.stack([first, restart]).repeat_interleave(heads, 1).unbind(-1)
-    return [Flags(r[0], r[1], *h) for r, h in zip(rows, host, strict=True)]
-
-
-def where(rows: Tensor, new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
-    """``new`` in the rows ``[N]`` that are true, ``old`` elsewhere."""
-    return [torch.where(rows.view(-1, *[1] * (n.dim() - 1)), n, o) for n, o in zip(new, old, strict=True)]
-
-
-def masked(rows: Tensor, values: list[Tensor]) -> list[Tensor]:
-    """``values`` in the rows that are true, zero elsewhere."""
-    return [torch.where(rows.view(-1, *[1] * (x.dim() - 1)), x, 0.0) for x in values]
-
-
-def added(old: list[Tensor] | None, new: list[Tensor]) -> list[Tensor]:
-    """The sum of two lists; None counts as zero."""
-    return new if old is None else [a + b for a, b in zip(old, new, strict=True)]
-
-
-def merge(values: Sequence[Tensor]) -> list[Tensor]:
-    """``[B, H, *shape]`` to contiguous ``[N, *shape]``."""
-    return [x.flatten(0, 1).contiguous() for x in values]
-
-
-def split(values: list[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
-    """``[N, *shape]`` back to ``[B, H, *shape]``."""
-    return [x.view(o.shape) for x, o in zip(values, like, strict=True)]
-
-
-def piece(x: Tensor, c: int, chunk: int) -> Tensor:
-    """Chunk ``c`` of ``[B, H, G, ...]``, contiguous ``[N, C, ...]``: a copy of one chunk at a time, never of all."""
-    return x[:, :, c * chunk : (c + 1) * chunk].flatten(0, 1).contiguous()
-
-
-class Walk(NamedTuple):
-    """Everything forward and backward need to run one chunk."""
-
-    form: Form
-    compiled: bool
-    chunk: int
-    flags: list[Flags]
-    entry_anchor: list[Tensor]
-    tokens: list[Tensor]
-    valid: Tensor
-
-    def slots(self, c: int) -> Tensor:
-        """Which slots of chunk ``c`` are valid, ``[N, C]``."""
-        heads = self.tokens[0].shape[1]
-        return self.valid[:, c * self.chunk : (c + 1) * self.chunk].repeat_interleave(heads, 0)
-
-    def inputs(self, c: int, weights: list[Tensor], momenta: list[Tensor]) -> list[Tensor]:
-        """The differentiable arguments of chunk ``c``'s body."""
-        state = [*weights, *momenta, *(piece(x, c, self.chunk) for x in self.tokens)]
-        if not self.flags[c].resumed:
-            return state
-        # A row with tokens in a chunk it did not begin is in its first chunk of this call: its anchor is the entry's.
-        return [*where(self.flags[c].first, weights, self.entry_anchor), *state]
-
-    def forward(self, c: int, weights: list[Tensor], momenta: list[Tensor]) -> list[Tensor]:
-        """Run chunk ``c``: ``[y [N, C, d], weights'.., momenta'.., scale [N, C] if bounded]``."""
-        args = [*self.inputs(c, weights, momenta), self.slots(c)]
-        return list(self._run(c, FORWARD, args, len(weights)))
-
-    def advance(self, c: int, weights: list[Tensor], momenta: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Weights and momenta after chunk ``c``; nothing is read."""
-        count = len(weights)
-        inputs = self.inputs(c, weights, momenta)
-        result = self._run(c, ADVANCE, [*inputs[:-6], *inputs[-5:], self.slots(c)], count)
-        return list(result[:count]), list(result[count:])
-
-    def backward(self, c: int, inputs: list[Tensor], cotangents: list[Tensor], count: int) -> list[Tensor]:
-        """Input cotangents of chunk ``c``'s body."""
-        return list(self._run(c, PULLBACK, [*inputs, self.slots(c), *cotangents], count))
-
-    def _run(self, c: int, kind: str, args: list[Tensor], count: int) -> Sequence[Tensor]:
-        resumed = self.flags[c].resumed
-        body = body_of(self.form, kind, count, resumed=resumed)
-        # At most the first chunk of a row is resumed: not worth a compilation of its own.
-        return (compiled((self.form, kind), body, args) if self.compiled and not resumed else body)(*args)
 
 
 def _walk(

@@ -47,6 +47,11 @@ def arguments(network: Network, rows: int, chunk: int, dim: int, dtype: torch.dt
     return [*state, *state, *[(dtype, (rows, chunk, dim))] * 3, *[(dtype, (rows, chunk))] * 3]
 
 
+def kinds(*, training: bool, several: bool) -> list[str]:
+    """The bodies of a memory in the order of need; with one chunk a call (not ``several``) nothing is ever recomputed."""
+    return [FORWARD, *([PULLBACK] if training else []), *([ADVANCE] if training and several else [])]
+
+
 def all_arguments(kind: str, inputs: list[Argument]) -> list[Argument]:
     """What the body of a kind is called with."""
     valid, answer, state = (torch.bool, inputs[-1][1]), inputs[-6], inputs[:-6]
@@ -55,14 +60,14 @@ def all_arguments(kind: str, inputs: list[Argument]) -> list[Argument]:
     return [*inputs, valid, answer, *state] if kind == PULLBACK else [*inputs, valid]
 
 
-def prebuild(form: Form, kinds: Sequence[str], rows: int, chunk: int, dim: int, dtype: torch.dtype) -> None:
+def prebuild(form: Form, needed: Sequence[str], rows: int, chunk: int, dim: int, dtype: torch.dtype) -> None:
     """Begin to build bodies for a CPU, unless they are built, being built, or this machine has no compiler.
 
-    ``kinds``: in the order in which they will be needed. ``rows`` is batch times heads, ``dim`` the size of a key.
+    ``needed``: kinds in the order in which they will be needed. ``rows`` is batch times heads, ``dim`` the size of a key.
     """
     inputs = arguments(form.network, rows, chunk, dim, dtype)
     signatures = {
-        kind: signature_of((form_for(form, kind), kind), torch.device("cpu"), all_arguments(kind, inputs)) for kind in kinds
+        kind: signature_of((form_for(form, kind), kind), torch.device("cpu"), all_arguments(kind, inputs)) for kind in needed
     }
     if _ASKED.issuperset(signatures.values()) or not compiler_available():
         return
@@ -76,7 +81,7 @@ def prebuild(form: Form, kinds: Sequence[str], rows: int, chunk: int, dim: int, 
         "read": form.read,
         "bounded": form.bounded,
         "inputs": [(str(t).removeprefix("torch."), s) for t, s in inputs],
-        "kinds": list(kinds),
+        "kinds": list(needed),
         # Generated code, and with it the entry in the cache, is made for a number of threads.
         "threads": torch.get_num_threads(),
         "mark": str(mark),

@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("passes",),
     ("lowering",),
     ("runtime",),
-    ("training", "tasks", "viz", "hf", "testing"),
+    ("training", "tasks", "viz", "hf", "testing", "bench"),
     ("cli", "__main__"),
 )
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}

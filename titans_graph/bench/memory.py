@@ -33,6 +33,7 @@ class Case:
     dim: int = 64
     hidden: int = 256
     chunk: int = 64
+    kernel: str = "compiled"
 
     @property
     def network(self) -> dict[str, Any]:
@@ -85,9 +86,9 @@ class Inputs:
 
 
 def forward(case: Case, inputs: Inputs) -> tuple[Tensor, MemoryState]:
-    """The memory over all tokens, compiled."""
+    """The memory over all tokens."""
     gates: Any = inputs.gates
-    return neural_memory(case.network, inputs.weights, *inputs.streams, **gates, chunk=case.chunk, kernel="compiled")
+    return neural_memory(case.network, inputs.weights, *inputs.streams, **gates, chunk=case.chunk, kernel=case.kernel)
 
 
 def inference(case: Case, inputs: Inputs) -> None:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from titans_graph import __version__
-from titans_graph.cli import doctor, inspecting, running
+from titans_graph.cli import benching, doctor, inspecting, running
 from titans_graph.errors import TitansGraphError, UsageError
 
 EXTRA = ("accelerate", "matplotlib", "numpy", "tensorboard", "tqdm")
@@ -56,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     inspecting.add_commands(commands)
     doctor.add_commands(commands)
     running.add_commands(commands)
+    benching.add_commands(commands)
     return top
 
 

@@ -1,0 +1,71 @@
+"""``titans-graph bench memory``: its counts, its figures, and what it says of bad usage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from titans_graph.bench import layer, memory
+from titans_graph.bench.memory import Case
+from titans_graph.bench.report import Figure, one_thread
+from titans_graph.cli import main
+
+Capture = pytest.CaptureFixture[str]
+
+
+def test_operations_are_those_of_the_formulas() -> None:
+    """64 -> 256 -> 64 at chunk 64: 450.6 thousand forward, 1,359.9 thousand backward with recomputation."""
+    assert memory.operations(Case()) == (450_560.0, 1_359_872.0)
+    assert memory.operations(Case(dim=64, hidden=128)) == (237_568.0, 720_896.0)
+
+
+def test_figures_say_whether_their_aim_is_met() -> None:
+    assert Figure("a", 51, "%", at_least=50).text().endswith(">= 50     met")
+    assert Figure("a", 5.6, "KB", at_most=5.5).text().endswith("<= 5.5    MISSED")
+    assert Figure("a", 1, "s").met is None
+
+
+def test_the_measured_call_is_the_memory() -> None:
+    case = Case(heads=2, dim=4, hidden=6, chunk=4, kernel="chunk")
+    inputs = memory.Inputs.make(case, 10)
+    y, state = memory.forward(case, inputs)
+    assert y.shape == (1, 2, 10, 4)
+    assert state.phase == 2
+    assert all(x.requires_grad for x in inputs.leaves())
+
+
+def test_settings_are_put_back() -> None:
+    threads = torch.get_num_threads()
+    with one_thread():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == threads
+
+
+def test_a_layer_is_measured() -> None:
+    found = layer.measure(lambda x: x * 2, 8, 3)
+    assert set(found) == {"seconds", "bytes"}
+    assert found["seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", "memory", "--only", "speed,size"], "--only size: the parts are"),
+        (["bench", "memory", "--only", "peer"], "needs --peer PYTHON"),
+    ],
+)
+def test_bad_usage(arguments: list[str], message: str, capsys: Capture) -> None:
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.nightly
+def test_it_runs(tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "memory.json"
+    assert main(["bench", "memory", "--quick", "--out", str(out)]) == 0
+    figures = json.loads(out.read_text())["figures"]
+    assert {f["name"] for f in figures} >= {"forward", "forward + backward", "slowest length over fastest"}
+    assert "forward, share of the products' rate" in capsys.readouterr().out

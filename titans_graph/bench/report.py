@@ -1,0 +1,166 @@
+"""``titans-graph bench memory``: every figure with its aim, as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from titans_graph.bench import layer, memory
+from titans_graph.bench.memory import Case
+from titans_graph.errors import UsageError
+
+PARTS = ("speed", "growth", "length", "peer")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured number: what it is, its value, the aim (``at_least`` or ``at_most``), None where there is none."""
+
+    name: str
+    value: float
+    unit: str
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the aim is met."""
+        if self.at_least is not None:
+            return self.value >= self.at_least
+        return None if self.at_most is None else self.value <= self.at_most
+
+    def text(self) -> str:
+        """A line of the table."""
+        bound = self.at_least if self.at_most is None else self.at_most
+        aim = "" if bound is None else f"{'>=' if self.at_most is None else '<='} {bound:g}"
+        said = {None: "", True: "met", False: "MISSED"}[self.met]
+        return f"{self.name:<58} {self.value:>10.4g} {self.unit:<14} {aim:<9} {said}".rstrip()
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured: tokens of a call, alternations, and the lengths for memory and for time per token."""
+
+    tokens: int = 4096
+    rounds: int = 9
+    growth: tuple[int, ...] = (4096, 16384, 65536)
+    length: tuple[int, ...] = (1024, 4096, 16384, 65536)
+
+
+QUICK = Sizes(512, 2, (512, 1024), (256, 512))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread, denormals flushed; both put back."""
+    threads, flushed = torch.get_num_threads(), sys.float_info.min / 2 == 0.0
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(flushed)
+
+
+def bench(case: Case, sizes: Sizes, parts: tuple[str, ...], peer: str | None, say: Callable[[str], None]) -> list[Figure]:
+    """Measure ``parts`` of ``PARTS``; ``peer`` is a Python that has titans-pytorch; ``say`` is told every figure at once."""
+    run: dict[str, Callable[[], list[Figure]]] = {
+        "speed": lambda: _speed(case, sizes),
+        "growth": lambda: _growth(case, sizes),
+        "length": lambda: _length(case, sizes),
+        "peer": lambda: _peer(sizes, peer) if peer else [],
+    }
+    found = []
+    with one_thread():
+        for part in parts:
+            for figure in run[part]():
+                say(figure.text())
+                found.append(figure)
+    return found
+
+
+def _speed(case: Case, sizes: Sizes) -> list[Figure]:
+    shares = memory.shares(case, sizes.tokens, sizes.rounds)
+    return [
+        Figure("matrix products of the same run", shares["product_rate"] / 1e9, "GFLOP/s"),
+        Figure("forward", shares["forward_seconds"] * 1e3, "ms"),
+        Figure("forward + backward", shares["training_seconds"] * 1e3, "ms"),
+        Figure("forward, share of the products' rate", 100 * shares["forward_share"], "%", at_least=50),
+        Figure("forward + backward, share (nominal count)", 100 * shares["training_share"], "%", at_least=45),
+    ]
+
+
+def _growth(case: Case, sizes: Sizes) -> list[Figure]:
+    growth = memory.growth(case, list(sizes.growth))
+    return [Figure(f"peak memory, {k} tokens", v / 1000, "KB/head-token", at_most=5.5) for k, v in growth.items()]
+
+
+def _length(case: Case, sizes: Sizes) -> list[Figure]:
+    times = memory.per_token(case, list(sizes.length), min(3, sizes.rounds))
+    figures = [Figure(f"forward + backward a token, {n} tokens", t, "us") for n, t in times.items()]
+    spread = max(times.values()) / min(times.values())
+    return [*figures, Figure("slowest length over fastest", spread, "times", at_most=1.1)]
+
+
+def _layer(python: str, setting: str, tokens: int, rounds: int) -> dict[str, float]:
+    command = [python, layer.__file__, setting, str(tokens), str(rounds)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise UsageError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def _peer(sizes: Sizes, python: str) -> list[Figure]:
+    """A whole layer against titans-pytorch's, in turns; see :mod:`titans_graph.bench.layer` for its settings."""
+    long, short = sizes.tokens, min(1024, sizes.tokens)
+    aims = {"per-token": (short, 150.0, 300.0), "per-chunk": (long, 4.0, None), "default-compiled": (long, 1.0, 3.0)}
+    figures = []
+    for setting, (tokens, faster, smaller) in aims.items():
+        rounds = 1 if setting == "per-token" else min(3, sizes.rounds)
+        pairs = [(_layer(python, setting, tokens, rounds), _layer(sys.executable, "ours", tokens, 3)) for _ in range(rounds)]
+        quick = statistics.median(theirs["seconds"] / ours["seconds"] for theirs, ours in pairs)
+        small = statistics.median(theirs["bytes"] / ours["bytes"] for theirs, ours in pairs)
+        theirs, ours = pairs[-1]
+        name = f"titans-pytorch {setting}, {tokens} tokens"
+        figures += [
+            Figure(f"{name}: seconds", theirs["seconds"], "s"),
+            Figure(f"our layer, {tokens} tokens: seconds", ours["seconds"], "s"),
+            Figure(f"{name}: memory", theirs["bytes"] / 1e6, "MB"),
+            Figure(f"our layer, {tokens} tokens: memory", ours["bytes"] / 1e6, "MB"),
+            Figure(f"{name}: its time over ours", quick, "times", at_least=faster),
+            Figure(f"{name}: its memory over ours", small, "times", at_least=smaller),
+        ]
+    return figures
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    model = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), "")
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "processor": model.partition(":")[2].strip(),
+        "threads": 1,
+    }
+
+
+def plain(case: Case, sizes: Sizes, figures: list[Figure]) -> dict[str, Any]:
+    """Everything as JSON values."""
+    return {
+        "machine": machine(),
+        "case": asdict(case),
+        "sizes": asdict(sizes),
+        "figures": [{**asdict(f), "met": f.met} for f in figures],
+    }
