@@ -1,0 +1,1 @@
+"""Hypothesis strategies for models with memory: ``titans_graph.testing.strategies``. Needs hypothesis."""
