@@ -69,14 +69,15 @@ def memory_scan(
 
     Raises :class:`UsageError` for unknown names and a grid that is not a whole number of chunks.
     """
-    if read not in READS or kernel not in KERNELS:
-        raise UsageError(f"read is one of {', '.join(READS)} and kernel one of {', '.join(KERNELS)}; got {read!r}, {kernel!r}")
+    check_choices(read, kernel)
     # Not while tracing: the check would become a guard on the number of slots.
     if not torch.compiler.is_compiling() and (chunk < 1 or q.shape[2] % chunk != 0):
         raise UsageError(f"memory_scan needs a whole number of chunks of {chunk} slots; got {q.shape[2]} slots")
     dtype = weights[0].dtype
     tokens = [x.to(dtype) for x in (q, k, v, step, log_momentum, log_keep)]
     state = [list(x) for x in (anchor, weights, momenta, initial_weights, initial_momenta)]
+    if kernel != "reference" and _transformed([*(x for xs in state for x in xs), *tokens]):
+        raise UsageError("the memory's operators know reverse-mode gradients only; take kernel='reference' under torch.func")
     if kernel == "reference":
         return _reference(network, objective, read, chunk, bounded, state, tokens, valid, position, q.dtype)
     if kernel == "auto":
@@ -98,6 +99,22 @@ def memory_scan(
     return flat[0].to(q.dtype), flat[1 : 1 + n], flat[1 + n : 1 + 2 * n], flat[1 + 2 * n : 1 + 3 * n]
 
 
+def check_choices(read: str, kernel: str) -> None:
+    """A UsageError for names that are not in ``READS`` and ``KERNELS``."""
+    if read not in READS or kernel not in KERNELS:
+        raise UsageError(f"read is one of {', '.join(READS)} and kernel one of {', '.join(KERNELS)}; got {read!r}, {kernel!r}")
+
+
+def _transformed(tensors: Sequence[Tensor]) -> bool:
+    """Whether a functorch transform or forward-mode differentiation is at work, for which the operators have no rules."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.maybe_current_level() is not None:
+        return True
+    unpack: Any = torch.autograd.forward_ad.unpack_dual
+    return any(unpack(x).tangent is not None for x in tensors)
+
+
 def _reference(
     network: str,
     objective: str,
@@ -110,13 +127,15 @@ def _reference(
     position: Tensor,
     dtype: torch.dtype,
 ) -> Result:
-    log.info("memory_scan: kernel reference on %s for %s", tokens[0].device, network)
+    if not torch.compiler.is_compiling():
+        log.info("memory_scan: kernel reference on %s for %s", tokens[0].device, network)
     anchor, weights, momenta, initial_weights, initial_momenta = state
     q, k, v, step, log_momentum, log_keep = tokens
-    y, *ends = memory_reference(
-        network, objective, read, chunk, bounded, anchor, weights, momenta, initial_weights, initial_momenta,
-        q, k, v, step, log_momentum, log_keep, valid, position,
-    )  # fmt: skip
+    with torch.autocast(q.device.type, enabled=False):
+        y, *ends = memory_reference(
+            network, objective, read, chunk, bounded, anchor, weights, momenta, initial_weights, initial_momenta,
+            q, k, v, step, log_momentum, log_keep, valid, position,
+        )  # fmt: skip
     return y.to(dtype), ends[0], ends[1], ends[2]
 
 

@@ -7,7 +7,9 @@ and its dtype, and the number of chunks never enters. Without a C++ compiler on 
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -31,6 +33,8 @@ FORWARD, ADVANCE, PULLBACK = "forward", "advance", "pullback"
 """What is built of a chunk: everything; only the state after it; and the vector-Jacobian product of everything."""
 
 _COMPILED: dict[Signature, Body] = {}
+_BUILDING = threading.RLock()
+"""Inductor builds one thing at a time; models may run in several threads."""
 
 COMING: dict[Signature, Callable[[], None]] = {}
 """Bodies that another process is building (:mod:`~titans_graph.kernels.memory_prebuild`): call to wait for one."""
@@ -85,8 +89,17 @@ def undisturbed(run: Callable[[], T]) -> T:
     hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     if not hooked and not torch._C._dispatch_tls_is_dispatch_key_excluded(front):
         return run()
+    streams = [torch.cuda.current_stream()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+
+    def same_stream() -> T:
+        # A new thread is on the default stream of the first device.
+        with contextlib.ExitStack() as entered:
+            for stream in streams:
+                entered.enter_context(torch.cuda.stream(stream))
+            return run()
+
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(run).result()
+        return pool.submit(same_stream).result()
 
 
 @lru_cache(maxsize=1)
@@ -107,10 +120,11 @@ def compiled(key: tuple[object, ...], body: Body, args: Sequence[Tensor]) -> Bod
     if args[0].device.type == "cpu" and not compiler_available():
         return body
     signature = signature_of(key, args[0].device, [(a.dtype, tuple(a.shape)) for a in args])
-    if signature not in _COMPILED:
-        COMING.pop(signature, lambda: None)()
-        _COMPILED[signature] = build(body, args)
-    return _COMPILED[signature]
+    with _BUILDING:
+        if signature not in _COMPILED:
+            COMING.pop(signature, lambda: None)()
+            _COMPILED[signature] = build(body, args)
+        return _COMPILED[signature]
 
 
 def signature_of(

@@ -71,7 +71,7 @@ def _one(k: Tensor, ring: Tensor, valid: Tensor, position: Tensor) -> tuple[Tens
     return r.clamp(min=1.0), merged
 
 
-def step_cap(r: Tensor, max_momentum: float) -> Tensor:
+def step_cap(r: Tensor, max_momentum: float, curvature: float | None = 2.0) -> Tensor:
     """The largest step for ``||f(k) - v||^2`` at crowding ``r``: ``(1 - max_momentum) / (3 r (1 + ln r))``.
 
     A linear memory's error along a key is multiplied by ``1 - sum of 2 step`` over a chunk of equal keys, so the sum must
@@ -80,5 +80,10 @@ def step_cap(r: Tensor, max_momentum: float) -> Tensor:
 
     The *maximum* momentum, not the token's own: with momentum alternating between 0 and 0.99 a cap from the token's own
     value lets the next token multiply a large step by a hundred.
+
+    ``curvature`` bounds the objective's second derivative: 2 for ``||f(k) - v||^2``. A larger one multiplies the cap by
+    2 / curvature. A smaller one leaves it: the cap is never enlarged. None, no bound known: as for 2, and not known to be
+    stable.
     """
-    return (1.0 - max_momentum) / (3.0 * r * (1.0 + r.log()))
+    cap = (1.0 - max_momentum) / (3.0 * r * (1.0 + r.log()))
+    return cap if curvature is None or curvature <= 2.0 else cap * (2.0 / curvature)

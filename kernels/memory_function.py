@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from titans_graph.errors import UsageError
-from titans_graph.kernels.memory import memory_scan
+from titans_graph.kernels.memory import check_choices, memory_scan
 from titans_graph.kernels.memory_objectives import Objective, parse_objective
 from titans_graph.kernels.networks import Network, parse_network
 
@@ -26,7 +26,7 @@ Named = Mapping[str, Tensor]
 Description = str | Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MemoryState:
     """Where a memory stands after some tokens; everything a later call needs to go on exactly.
 
@@ -58,6 +58,10 @@ class MemoryState:
         """The state of other rows: ``rows`` int64 ``[B']`` picks from the batch (beam search, dropping rows)."""
         return self._map(lambda x: x.index_select(0, rows))
 
+    def to(self, *args: Any, **kwargs: Any) -> MemoryState:
+        """The state on another device or in another type; arguments of :meth:`torch.Tensor.to`."""
+        return self._map(lambda x: x.to(*args, **kwargs))
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> MemoryState:
         weights, momenta, anchor = (
             {n: change(x) for n, x in named.items()} for named in (self.weights, self.momenta, self.anchor)
@@ -65,11 +69,19 @@ class MemoryState:
         return MemoryState(weights, momenta, anchor, self.phase, self.chunk)
 
 
+_PARTS = ("weights", "momenta", "anchor")
+
 _pytree.register_pytree_node(
     MemoryState,
-    lambda s: ([dict(s.weights), dict(s.momenta), dict(s.anchor)], (s.phase, s.chunk)),
+    lambda s: ([dict(getattr(s, part)) for part in _PARTS], (s.phase, s.chunk)),
     lambda parts, rest: MemoryState(*parts, *rest),
     serialized_type_name="titans_graph.MemoryState",
+    to_dumpable_context=list,
+    from_dumpable_context=tuple,
+    flatten_with_keys_fn=lambda s: (
+        [(_pytree.GetAttrKey(part), dict(getattr(s, part))) for part in _PARTS],
+        (s.phase, s.chunk),
+    ),
 )
 
 
@@ -79,6 +91,8 @@ def fast_weights(network: Description | Network, dim: int) -> dict[str, tuple[in
     ``(in, out)`` for a matrix, applied as ``u @ w``; ``(size,)`` for a vector. An MLP has ``w1`` ... ``wL`` in the order
     of use, SwiGLU ``gate``, ``up``, ``down``, a linear memory ``w``, a declared network its own names.
     """
+    if type(dim) is not int or dim < 1:
+        raise UsageError(f"dim must be a whole number of at least 1, not {dim!r}")
     return dict(parse_network(network).weights(dim))
 
 
@@ -116,24 +130,27 @@ def neural_memory(
     kernel: ``reference`` (token by token), ``chunk``, ``compiled`` (chunk bodies built by Inductor once per shape, the
     fastest on a CPU), ``auto``: ``compiled`` inside ``torch.compile``, else ``chunk``.
 
-    Returns y ``[B, H, T, d]`` and the state after the last token. Gradients reach q, k, v, the gates, the weights or the
-    state's weights, momenta and anchor. Raises :class:`UsageError` where shapes, names or settings do not fit.
+    Returns y ``[B, H, T, d]`` and the state after the last token. Gradients reach q, k, v, the gates, and the weights or the
+    state's weights, momenta and anchor, in reverse and once; transforms of ``torch.func`` and forward-mode gradients take
+    ``kernel="reference"``. A token that is not finite spoils its whole chunk. Raises :class:`UsageError` where shapes,
+    names or settings do not fit.
     """
-    net, goal = parse_network(network), parse_objective(objective)
+    text, goal, shapes = _described(network, objective, q.shape[-1])
     if state is None:
         if weights is None:
             raise UsageError("neural_memory needs weights, or a state")
         state = MemoryState.initial(weights)
     step, log_momentum, log_keep = _gates(step, log_momentum, log_keep)
-    _check(net, state, (q, k, v), (step, log_momentum, log_keep), chunk)
+    _check(text, dict(shapes), state, (q, k, v), (step, log_momentum, log_keep), chunk)
+    check_choices(read, kernel)
     state = replace(state, chunk=chunk)
     tokens = q.shape[2]
     if tokens == 0:
         return torch.zeros_like(q), state
-    names = list(net.weights(q.shape[-1]))
+    names = [name for name, _ in shapes]
     lead = state.phase
-    # A call within one chunk needs no more slots than that.
-    size = min(chunk, lead + tokens)
+    # A call within one chunk needs no more slots than that; compiled bodies would be built for every length.
+    size = chunk if kernel == "compiled" else min(chunk, lead + tokens)
     slots = -(-(lead + tokens) // size) * size
     q, k, v, step, log_momentum, log_keep = (_spread(x, lead, slots) for x in (q, k, v, step, log_momentum, log_keep))
     place = torch.arange(slots, device=q.device)
@@ -141,7 +158,7 @@ def neural_memory(
     # Past the first chunk, because position 0 would restart the row.
     position = (place + size).expand(q.shape[0], slots)
     at, before, moving = ([named[n] for n in names] for named in (state.anchor, state.weights, state.momenta))
-    form = net.text(), goal.text(), read, size, False
+    form = text, goal, read, size, False
     y, *ends = memory_scan(
         *form, at, before, moving, before, moving, q, k, v, step, log_momentum, log_keep, valid, position, kernel=kernel
     )
@@ -149,6 +166,15 @@ def neural_memory(
     phase = (lead + tokens) % chunk
     y = y if slots == tokens else y[:, :, lead : lead + tokens]
     return y, MemoryState(now, momenta, now if phase == 0 else anchor, phase, chunk)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _described(
+    network: Description | Network, objective: Description | Objective, dim: int
+) -> tuple[str, str, tuple[tuple[str, tuple[int, ...]], ...]]:
+    """Canonical texts, and names and shapes of the weights: plain constants, which a traced call may bring back."""
+    net = parse_network(network)
+    return net.text(), parse_objective(objective).text(), tuple(net.weights(dim).items())
 
 
 def _gates(step: Tensor, log_momentum: Tensor | None, log_keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,23 +189,43 @@ def _spread(x: Tensor, lead: int, slots: int) -> Tensor:
     return x if lead == after == 0 else F.pad(x, (*[0] * (2 * (x.dim() - 3)), lead, after))
 
 
-def _check(net: Network, state: MemoryState, streams: tuple[Tensor, ...], gates: tuple[Tensor, ...], chunk: int) -> None:
+def _check(
+    text: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    state: MemoryState,
+    streams: tuple[Tensor, ...],
+    gates: tuple[Tensor, ...],
+    chunk: int,
+) -> None:
     q = streams[0]
     if q.dim() != 4 or any(x.shape != q.shape for x in streams):
-        found = ", ".join(str(list(x.shape)) for x in streams)
-        raise UsageError(f"q, k and v must have one shape [B, H, T, d]; got {found}")
+        raise UsageError(f"q, k and v must have one shape [B, H, T, d]; got {_list(streams)}")
     if any(x.shape != q.shape[:3] for x in gates):
-        found = ", ".join(str(list(x.shape)) for x in gates)
-        raise UsageError(f"step, log_momentum and log_keep must have the shape {list(q.shape[:3])} of q without d; got {found}")
-    expected = {n: (*q.shape[:2], *shape) for n, shape in net.weights(q.shape[-1]).items()}
+        raise UsageError(
+            f"step, log_momentum and log_keep must have the shape {list(q.shape[:3])} of q without d; got {_list(gates)}"
+        )
+    expected = {n: (*q.shape[:2], *shape) for n, shape in shapes.items()}
     for kind in ("weights", "momenta", "anchor"):
-        found_shapes = {n: tuple(w.shape) for n, w in getattr(state, kind).items()}
-        if found_shapes != expected:
-            raise UsageError(f"{kind} of {net.text()} must be {_shapes(expected)}; got {_shapes(found_shapes)}")
+        found = {n: tuple(w.shape) for n, w in getattr(state, kind).items()}
+        if found != expected:
+            raise UsageError(f"{kind} of {text} must be {_shapes(expected)}; got {_shapes(found)}")
+    fast = [w for named in (state.weights, state.momenta, state.anchor) for w in named.values()]
+    devices = {x.device for x in (*fast, *streams, *gates)}
+    if len(devices) > 1:
+        raise UsageError(f"all tensors must be on one device; got {', '.join(sorted(map(str, devices)))}")
+    kinds = {w.dtype for w in fast}
+    if len(kinds) > 1 or not all(x.is_floating_point() for x in (*fast, *streams, *gates)):
+        raise UsageError("tensors must be floating point, and the state's all of one type")
     if type(chunk) is not int or chunk < 1:
         raise UsageError(f"chunk must be a whole number of at least 1, not {chunk!r}")
     if state.phase and state.chunk != chunk:
         raise UsageError(f"the state stands inside a chunk of {state.chunk} tokens and cannot go on with chunks of {chunk}")
+    if not 0 <= state.phase < chunk:
+        raise UsageError(f"a state's phase counts tokens of a chunk of {chunk}; got {state.phase}")
+
+
+def _list(tensors: tuple[Tensor, ...]) -> str:
+    return ", ".join(str(list(x.shape)) for x in tensors)
 
 
 def _shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:

@@ -7,10 +7,11 @@ table holds the project's; :func:`register_objective` adds one of the user's.
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 Plain = int | float | bool | str | None
 Loss = Callable[..., "Tensor"]
+Curvature = float | Callable[..., float | None] | None
 
 
 class ObjectiveError(UsageError):
@@ -50,6 +52,12 @@ class Objective:
             _check_losses(self.name, losses, prediction)
         return losses.sum()
 
+    @property
+    def curvature(self) -> float | None:
+        """A bound of the second derivative of a token's loss by its prediction; None where none is known."""
+        bound = _TABLE[self.name].curvature
+        return bound(**dict(self.options)) if callable(bound) else bound
+
     def text(self) -> str:
         """The canonical description: ``l2``, ``dot``, or JSON such as ``{"huber": {"delta": 1.0}}``."""
         return json.dumps({self.name: dict(self.options)}) if self.options else self.name
@@ -71,12 +79,52 @@ def _check_losses(name: str, losses: Any, prediction: Tensor) -> None:
         )
 
 
+def _check_tokens(name: str, loss: Loss, options: tuple[tuple[str, Plain], ...]) -> None:
+    """Try the loss on sizes that all differ: the shape must fit, and no token's loss may depend on another token."""
+    import torch
+
+    if (name, loss, options) in _TRIED or torch.compiler.is_compiling():
+        return
+    numbers = torch.arange(60, dtype=torch.float64, device="cpu").mul(1.7).sin()
+    prediction, value = numbers.view(2, 2, 3, 5)
+    try:
+        before = loss(prediction, value, **dict(options))
+        _check_losses(name, before, prediction)
+        mixed = any(
+            not torch.allclose(loss(changed, value, **dict(options))[others], before[others], rtol=1e-9, equal_nan=True)
+            for changed, others in _changed(prediction, value)
+        )
+    except RuntimeError:
+        return  # Made for one size, type or device: what it is used on decides, and there its shape is checked.
+    if mixed:
+        raise ObjectiveError(
+            f"objective {name!r} mixes tokens: with one token's prediction changed, the losses of others change too; a loss "
+            "takes no mean, sum, maximum or statistics over tokens and draws nothing at random",
+            name,
+        )
+    _TRIED.add((name, loss, options))
+
+
+def _changed(prediction: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Predictions with one token far from its value, or at it; and which tokens are the others."""
+    for token in range(prediction[..., 0].numel()):
+        for far in (0.0, 10.0):
+            changed = prediction.clone()
+            changed.flatten(0, -2)[token] = value.flatten(0, -2)[token] + far
+            yield changed, (changed == prediction).all(-1)
+
+
+_TRIED: set[tuple[str, Loss, tuple[tuple[str, Plain], ...]]] = set()
+"""Losses of users, with options, that were found to keep tokens apart."""
+
+
 @dataclass(frozen=True)
 class _Entry:
-    """``least`` bounds each option from below; ``own`` marks the project's own."""
+    """``curvature`` as in :func:`register_objective`; ``least`` bounds each option from below; ``own``: the project's."""
 
     loss: Loss
     options: Mapping[str, Plain]
+    curvature: Curvature
     least: float = -sys.float_info.max
     own: bool = True
 
@@ -101,15 +149,16 @@ def _lp(prediction: Tensor, value: Tensor, p: float) -> Tensor:
 
 
 _TABLE: dict[str, _Entry] = {
-    "l2": _Entry(_l2, {}),
-    "dot": _Entry(_dot, {}),
-    "huber": _Entry(_huber, {"delta": 1.0}, 1e-6),
+    "l2": _Entry(_l2, {}, 2.0),
+    "dot": _Entry(_dot, {}, 0.0),
+    "huber": _Entry(_huber, {"delta": 1.0}, 1.0, 1e-6),
     # Below p = 2 the curvature is infinite where the error is zero, so gradients through the memory would not exist.
-    "lp": _Entry(_lp, {"p": 3.0}, 2.0),
+    # Above it the curvature grows with the error, without bound.
+    "lp": _Entry(_lp, {"p": 3.0}, lambda p: 2.0 if p == 2.0 else None, 2.0),
 }
 
 
-def register_objective(name: str, loss: Loss, **options: Plain) -> None:
+def register_objective(name: str, loss: Loss, *, curvature: Curvature = None, **options: Plain) -> None:
     """Make ``loss`` an objective that specs call ``name``.
 
     ``loss(prediction, value, **options)`` gets tensors ``[..., d]`` and gives ``[..., d]`` or ``[...]``; what is left is
@@ -121,20 +170,53 @@ def register_objective(name: str, loss: Loss, **options: Plain) -> None:
     is zero everywhere (``abs``, hinges), they do not see the prediction. Smooth such a loss, as ``huber`` does. It is
     traced for chunks of any content: no branches on values, no ``.item()``.
 
-    Raises :class:`ObjectiveError` where the name is taken by another function or an option has no plain default. The memory
-    of other processes does not know it: register it where a module is imported that they import too.
+    ``curvature`` bounds the second derivative of a token's loss by its prediction, for every prediction and value: the
+    largest size of an eigenvalue of the matrix of second derivatives, for a loss per coordinate of the largest one. It is a
+    number, or a function of the options that gives a number or None. ``l2`` has 2 and the step cap is derived for it: above
+    2 the cap is multiplied by 2 / curvature, below it stays as it is. None: no bound is known; the cap is that of ``l2``, and
+    the doctor does not judge the step.
+
+    Raises :class:`ObjectiveError` where the name is taken by another function, an option has no plain finite default, the
+    loss cannot be called with them, or mixes tokens (it is tried on a few numbers, here and with each choice of options). The
+    memory of other processes does not know it: register it where a module is imported that they import too.
     """
-    for key, default in options.items():
-        if default is None or not isinstance(cast(Any, default), int | float | bool | str):
-            raise ObjectiveError(f"objective {name!r}: the default of {key!r} must be a number, a word, true or false")
-    if not name.isidentifier():
-        raise ObjectiveError(f"{name!r} is no name for an objective: letters, digits and '_', a letter first")
-    if not callable(loss):
-        raise ObjectiveError(f"objective {name!r} needs a function loss(prediction, value), not {loss!r:.60}")
-    entry = _Entry(loss, {key: _coerced(default, default) for key, default in sorted(options.items())}, own=False)
+    _check_registration(name, loss, curvature, options)
+    defaults = {key: _coerced(default, default) for key, default in sorted(options.items())}
+    entry = _Entry(loss, defaults, curvature, own=False)
     if _TABLE.get(name, entry) != entry:
         raise ObjectiveError(f"objective {name!r} is already registered; choose another name")
+    _check_curvature(name, entry, tuple(defaults.items()))
+    _check_tokens(name, loss, tuple(defaults.items()))
     _TABLE[name] = entry
+
+
+def _check_registration(name: Any, loss: Any, curvature: Any, options: Mapping[str, Any]) -> None:
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ObjectiveError(f"{name!r} is no name for an objective: a word of letters, digits and '_', a letter first")
+    for key, default in options.items():
+        if not isinstance(default, int | float | bool | str):
+            raise ObjectiveError(f"objective {name!r}: the default of {key!r} must be a number, a word, true or false")
+        if isinstance(default, int | float) and not math.isfinite(default):
+            raise ObjectiveError(f"objective {name!r}: the default of {key!r} must be finite, not {default}")
+    if not callable(loss):
+        raise ObjectiveError(f"objective {name!r} needs a function loss(prediction, value), not {loss!r:.60}")
+    for function, given in ((loss, (None, None)), (curvature, ())):
+        try:
+            inspect.signature(function).bind(*given, **options) if callable(function) else None
+        except ValueError:
+            continue  # a function of C without a signature
+        except TypeError as problem:
+            what = "loss(prediction, value, **options)" if function is loss else "curvature(**options)"
+            raise ObjectiveError(
+                f"objective {name!r}: {what} cannot be called so, {problem}; give every option with its default"
+            ) from None
+
+
+def _check_curvature(name: str, entry: _Entry, options: tuple[tuple[str, Plain], ...]) -> None:
+    bound: Any = entry.curvature(**dict(options)) if callable(entry.curvature) else entry.curvature
+    number = isinstance(bound, int | float) and not isinstance(bound, bool)
+    if bound is not None and not (number and 0 <= bound < math.inf):
+        raise ObjectiveError(f"objective {name!r}: curvature must be a finite number of at least 0, or None, not {bound!r:.60}")
 
 
 def parse_objective(description: str | Mapping[str, Any] | Objective) -> Objective:
@@ -173,7 +255,11 @@ def _parse(description: Any) -> Objective:
     if not isinstance(given, Mapping) or set(given) - set(entry.options):
         allowed = ", ".join(map(repr, entry.options)) or "no option"
         raise ObjectiveError(f"objective {name!r} takes {allowed}, not {given!r:.200}", name)
-    return Objective(name, tuple((key, _value(name, key, entry, given)) for key in entry.options))
+    options = tuple((key, _value(name, key, entry, given)) for key in entry.options)
+    if not entry.own:
+        _check_curvature(name, entry, options)
+        _check_tokens(name, entry.loss, options)
+    return Objective(name, options)
 
 
 def _value(name: str, key: str, entry: _Entry, given: Mapping[str, Any]) -> Plain:

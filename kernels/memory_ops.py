@@ -119,8 +119,14 @@ def _forward(
         now, moving = ends[: len(now)], ends[len(now) : 2 * len(now)]
         for slot, x in zip(scale, ends[2 * len(now) :], strict=False):
             slot[:, c] = x
-    # An operator's results must not alias its arguments: the anchor may still be the entry's.
-    return [y, *(x.clone() for x in at), *now, *moving, *(x.view(q.shape[:3]) for x in scale), *kept]
+    # An operator's results must not alias its arguments (the anchor may still be the entry's), and have the strides that
+    # its fake has, whatever a body gives.
+    ends = [*(_copy(x) for x in at), *(x.contiguous() for x in (*now, *moving))]
+    return [y, *ends, *(x.view(q.shape[:3]) for x in scale), *kept]
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 SPARE = 2
@@ -260,7 +266,7 @@ class _Sweep:
         """All cotangents in the operator's order, every one a tensor of its own."""
         at = self.anchor or [torch.zeros_like(x) for x in self.weights]
         state = [*at, *self.weights, *self.momenta, *self.initial_weights, *self.initial_momenta]
-        return [*(x.clone() for x in state), *self.tokens]
+        return [*(_copy(x) for x in state), *self.tokens]
 
     def _to_weights(self, flags: Flags) -> None:
         """Where a chunk begins, the anchor was set from the weights, so its cotangent joins theirs."""

@@ -8,11 +8,13 @@ the body is built here.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -38,6 +40,7 @@ from titans_graph.kernels.memory_objectives import parse_objective
 from titans_graph.kernels.networks import Network, parse_network
 
 CHILDREN: list[subprocess.Popen[bytes]] = []
+OWN = ("l2", "dot", "huber", "lp")
 _ASKED: set[Signature] = set()
 
 
@@ -69,10 +72,10 @@ def prebuild(form: Form, needed: Sequence[str], rows: int, chunk: int, dim: int,
     signatures = {
         kind: signature_of((form_for(form, kind), kind), torch.device("cpu"), all_arguments(kind, inputs)) for kind in needed
     }
-    if _ASKED.issuperset(signatures.values()) or not compiler_available():
+    if _ASKED.issuperset(signatures.values()) or not compiler_available() or not _can_help(form):
         return
     _ASKED.update(signatures.values())
-    mark = _mark(repr(signatures))
+    mark = _mark(f"{torch.get_num_threads()} {signatures!r}")
     if mark is None or mark.exists():
         return
     request = {
@@ -94,12 +97,20 @@ def prebuild(form: Form, needed: Sequence[str], rows: int, chunk: int, dim: int,
     except OSError:
         return
     CHILDREN.append(child)
+    # Reaped when it ends; ended with this process.
+    threading.Thread(target=child.wait, daemon=True).start()
+    atexit.register(child.kill)
     COMING.update({s: partial(_wait, child, mark.with_suffix(f".{kind}")) for kind, s in signatures.items()})
 
 
 def form_for(form: Form, kind: str) -> Form:
     """The form a kind of body is built for: only forward finds the bound on the step."""
     return form if kind == FORWARD else form._replace(bounded=False)
+
+
+def _can_help(form: Form) -> bool:
+    """Whether another process can be started, and knows the objective: one that was registered here it does not."""
+    return bool(sys.executable) and not getattr(sys, "frozen", False) and form.objective.name in OWN
 
 
 def _wait(child: subprocess.Popen[bytes], done: Path) -> None:

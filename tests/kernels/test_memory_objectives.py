@@ -23,8 +23,23 @@ def cosine(prediction: Tensor, value: Tensor, scale: float, sharp: bool) -> Tens
 
 
 register_objective("test_cosine", cosine, scale=1, sharp=False)
-register_objective("test_mean", lambda p, v: (p - v).square().mean())
-register_objective("test_tokens", lambda p, v: (p - v).square().sum(-2))
+
+
+def centred(prediction: Tensor, value: Tensor, centre: bool) -> Tensor:
+    """Mixes tokens with ``centre``."""
+    error = prediction - value
+    return (error - error.mean(-2, keepdim=True) if centre else error).square()
+
+
+register_objective("test_centred", centred, centre=False)
+
+
+def fixed(prediction: Tensor, value: Tensor) -> Tensor:
+    """Only for coordinates of size 4, and wrong there."""
+    return ((prediction - value) @ torch.eye(4)).square().sum(-2)
+
+
+register_objective("test_fixed", fixed)
 
 
 def test_its_text_reads_back() -> None:
@@ -71,9 +86,9 @@ def test_wrong_descriptions(description: Any, message: str) -> None:
 def test_wrong_registrations() -> None:
     register_objective("test_cosine", cosine, scale=1, sharp=False)
     with pytest.raises(ObjectiveError, match="already registered"):
-        register_objective("test_cosine", log_cosh)
+        register_objective("test_cosine", log_cosh, width=1.0)
     with pytest.raises(ObjectiveError, match="already registered"):
-        register_objective("l2", cosine)
+        register_objective("l2", cosine, scale=1, sharp=False)
     with pytest.raises(ObjectiveError, match="default of 'scale'"):
         tg.register_objective("test_list", cosine, scale=[1])  # type: ignore[arg-type]
     with pytest.raises(ObjectiveError, match="no name"):
@@ -82,7 +97,78 @@ def test_wrong_registrations() -> None:
         register_objective("test_nothing", None)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["test_mean", "test_tokens"])
-def test_a_loss_that_mixes_tokens_is_refused(name: str) -> None:
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda p, v: (p - v).square().mean(),
+        lambda p, v: (p - v).square().sum(-2),
+        lambda p, v: (p - v).square().mean(0),
+        lambda p, v: 1.0,
+    ],
+)
+def test_a_loss_of_the_wrong_shape_is_refused(loss: Any) -> None:
     with pytest.raises(ObjectiveError, match="one number per token or coordinate"):
-        parse_objective(name).loss(torch.zeros(2, 5, 3), torch.zeros(2, 5, 3))
+        register_objective("test_shape", loss)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda p, v: (p - v - (p - v).mean(-2, keepdim=True)).square(),
+        lambda p, v: (p - v).square() / (p - v).abs().max(),
+        lambda p, v: (p - v).square() * (p - v).abs().min(),
+        lambda p, v: (p - v).square().cumsum(-2),
+        lambda p, v: (p - v).square().sum(-1).flip(0),
+        lambda p, v: (p - v).square().sum(-1) * torch.rand(2, 3),
+    ],
+)
+def test_a_loss_that_mixes_tokens_is_refused(loss: Any) -> None:
+    with pytest.raises(ObjectiveError, match="mixes tokens"):
+        register_objective("test_mixing", loss)
+
+
+def test_it_is_tried_with_every_choice_of_options() -> None:
+    parse_objective("test_centred")
+    for _ in range(2):
+        with pytest.raises(ObjectiveError, match="mixes tokens"):
+            parse_objective({"test_centred": {"centre": True}})
+
+
+def test_a_loss_for_one_size_is_checked_in_use() -> None:
+    with pytest.raises(ObjectiveError, match="one number per token or coordinate"):
+        parse_objective("test_fixed").loss(torch.zeros(2, 5, 4), torch.zeros(2, 5, 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "loss", "given", "message"),
+    [
+        (3, log_cosh, {"width": 1.0}, "no name"),
+        ("test_wrong", log_cosh, {"width": float("nan")}, "default of 'width' must be finite"),
+        ("test_wrong", log_cosh, {"width": float("inf")}, "default of 'width' must be finite"),
+        ("test_wrong", log_cosh, {}, "'width'; give every option with its default"),
+        ("test_wrong", log_cosh, {"width": 1.0, "with": 2}, "'with'"),
+        ("test_wrong", lambda p: p, {}, "cannot be called so"),
+        ("test_wrong", log_cosh, {"width": 1.0, "curvature": -1.0}, "curvature must be"),
+        ("test_wrong", log_cosh, {"width": 1.0, "curvature": float("nan")}, "curvature must be"),
+        ("test_wrong", log_cosh, {"width": 1.0, "curvature": True}, "curvature must be"),
+        ("test_wrong", log_cosh, {"width": 1.0, "curvature": lambda: 1.0}, "cannot be called so"),
+        ("test_wrong", log_cosh, {"width": 1.0, "curvature": lambda width: "big"}, "curvature must be"),
+    ],
+)
+def test_registrations_that_would_fail_later(name: Any, loss: Any, given: Any, message: str) -> None:
+    with pytest.raises(ObjectiveError, match=message):
+        register_objective(name, loss, **given)
+
+
+def test_curvature() -> None:
+    register_objective("test_curved", log_cosh, width=1.0, curvature=lambda width: 1 / width**2)
+    register_objective("test_fixed_curve", log_cosh, width=1.0, curvature=7)
+    found = ["l2", "dot", "huber", "lp", {"lp": {"p": 2}}, "test_cosine", {"test_curved": {"width": 0.5}}, "test_fixed_curve"]
+    assert [parse_objective(d).curvature for d in found] == [2, 0, 1, None, 2, None, 4, 7]
+    error = torch.linspace(-3, 3, 101, dtype=torch.float64, requires_grad=True)
+    for description in ("l2", "dot", "huber", {"test_curved": {"width": 0.5}}):
+        objective = parse_objective(description)
+        (first,) = torch.autograd.grad(objective.loss(error, torch.zeros(101).double()), error, create_graph=True)
+        second = torch.autograd.grad(first.sum(), error)[0] if first.requires_grad else torch.zeros(1)
+        assert objective.curvature is not None
+        assert second.abs().max() == pytest.approx(objective.curvature, abs=1e-9)

@@ -225,7 +225,12 @@ def test_state_is_a_pytree_that_detaches_and_reorders() -> None:
     assert (state.phase, state.chunk) == (1, 4)
     leaves, spec = _pytree.tree_flatten(state)
     assert len(leaves) == 3
-    assert _pytree.tree_unflatten(leaves, spec) == state
+    again = _pytree.tree_unflatten(leaves, spec)
+    assert again.weights["w"] is state.weights["w"]
+    assert (again.phase, again.chunk) == (1, 4)
+    assert _pytree.treespec_loads(_pytree.treespec_dumps(spec)) == spec
+    assert next(_pytree.keystr(path) for path, _ in _pytree.tree_flatten_with_path(state)[0]) == ".weights['w']"
+    assert state.to(torch.float32).momenta["w"].dtype == torch.float32
     assert not state.detach().weights["w"].requires_grad
     swapped = state.reorder(torch.tensor([1, 0, 1]))
     assert torch.equal(swapped.momenta["w"], state.momenta["w"][[1, 0, 1]])
@@ -257,6 +262,13 @@ def test_fast_weights() -> None:
         ({"network": "lineal"}, "did you mean 'linear'"),
         ({"objective": "l3"}, "unknown objective"),
         ({"kernel": "fast"}, "kernel one of"),
+        ({"kernel": "fast", **{n: torch.zeros(B, H, 0, D) for n in "qkv"}, "step": torch.zeros(B, H, 0)}, "kernel one of"),
+        ({"weights": {"w": torch.zeros(B, H, D, D, device="meta")}}, "one device; got cpu, meta"),
+        ({"weights": {"w": torch.zeros(B, H, D, D, dtype=torch.int64)}}, "must be floating point"),
+        (
+            {"state": tg.MemoryState.initial({"w": torch.zeros(B, H, D, D)}, {"w": torch.zeros(B, H, D, D).double()})},
+            "of one type",
+        ),
     ],
 )
 def test_mistakes_are_named(change: dict[str, Any], message: str) -> None:
@@ -275,3 +287,80 @@ def test_a_chunk_cannot_change_its_size_half_way() -> None:
         memorise("linear", None, *streams, **gates, chunk=8, state=state)
     with pytest.raises(UsageError, match="momenta must have"):
         tg.MemoryState.initial(t.weights, {})
+
+
+def test_sizes_of_weights_are_whole_numbers() -> None:
+    for dim in (0, 2.5, "4"):
+        with pytest.raises(UsageError, match="dim must be a whole number"):
+            tg.fast_weights("linear", dim)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_transforms_without_a_rule_are_refused_and_run_on_the_reference() -> None:
+    t = Tokens({"mlp": {"hidden": 3}}, 5)
+    streams, gates = t.part(0, 5)
+
+    def total(k: Tensor, kernel: str) -> Tensor:
+        y, _ = memorise({"mlp": {"hidden": 3}}, t.weights, streams[0], k, streams[2], **gates, chunk=2, kernel=kernel)
+        loss: Tensor = y.square().sum()
+        return loss
+
+    k = streams[1].detach()
+    with pytest.raises(UsageError, match="kernel='reference'"):
+        torch.func.jvp(lambda k: total(k, "chunk"), (k,), (torch.ones_like(k),))
+    with pytest.raises(UsageError, match="kernel='reference'"):
+        torch.func.grad(lambda k: total(k, "auto"))(k)
+    jvp: Any = torch.func.jvp
+    _, tangent = jvp(lambda k: total(k, "reference"), (k,), (torch.ones_like(k),))
+    (gradient,) = torch.autograd.grad(total(leaf := k.clone().requires_grad_(), "chunk"), [leaf])
+    assert error(tangent, gradient.sum()) <= 1e-9
+
+
+def test_autocast_does_not_reach_the_reference() -> None:
+    t = Tokens("linear", 5)
+    streams, gates = t.part(0, 5)
+    call = [w.detach().float() for w in t.weights.values()], [x.detach().float() for x in streams]
+    single = {n: x.detach().float() for n, x in gates.items()}
+    plain, _ = memorise("linear", {"w": call[0][0]}, *call[1], **single, kernel="reference")
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed, _ = memorise("linear", {"w": call[0][0]}, *call[1], **single, kernel="reference")
+    assert torch.equal(plain, mixed)
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_it_compiles_as_one_graph() -> None:
+    described = {"mlp": {"depth": 2, "hidden": 3}}
+    t = Tokens(described, 6)
+    gates = {"step": t.step, "log_momentum": t.log_momentum, "log_keep": t.log_keep}
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y, state = memorise(described, t.weights, q, k, v, **gates, chunk=4)
+        again, _ = memorise(described, None, q, k, v, **gates, chunk=4, state=state)
+        out: Tensor = y + again
+        return out
+
+    torch._dynamo.reset()
+    fast: Any = torch.compile(run, fullgraph=True)
+    got, want = (f(t.q, t.k, t.v) for f in (fast, run))
+    assert error(got, want) <= 1e-12
+    leaves = [*t.weights.values(), t.q, t.k, t.step]
+    ours, theirs = (torch.autograd.grad(y.square().sum(), leaves) for y in (got, want))
+    assert max(error(a, b) for a, b in zip(ours, theirs, strict=True)) <= 1e-10
+
+
+@pytest.mark.compile
+def test_threads_build_bodies_one_after_the_other() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    t = Tokens("linear", 8)
+    streams, gates = t.part(0, 8)
+
+    def run(chunk: int) -> Tensor:
+        y, _ = memorise("linear", t.weights, *streams, **gates, chunk=chunk, kernel="compiled")
+        out: Tensor = y.detach()
+        return out
+
+    with ThreadPoolExecutor(3) as pool:
+        for chunk, y in zip((2, 3, 5), pool.map(run, (2, 3, 5)), strict=True):
+            assert error(y, memorise("linear", t.weights, *streams, **gates, chunk=chunk)[0]) <= 1e-12
