@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,18 @@ def test_settings_are_put_back() -> None:
     assert torch.get_num_threads() == threads
 
 
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+
+@linux
+def test_peaks_are_those_of_the_process_itself() -> None:
+    ballast = torch.ones(100_000_000)
+    peak = memory.peak_memory(Case(heads=1, dim=4, hidden=4, chunk=4, kernel="chunk"), 8)
+    assert peak < memory.resident("VmRSS") - 200_000_000
+    assert ballast.sum() > 0
+
+
+@linux
 def test_a_layer_is_measured() -> None:
     found = layer.measure(lambda x: x * 2, 8, 3)
     assert set(found) == {"seconds", "bytes"}
@@ -55,6 +68,7 @@ def test_a_layer_is_measured() -> None:
     [
         (["bench", "memory", "--only", "speed,size"], "--only size: the parts are"),
         (["bench", "memory", "--only", "peer"], "needs --peer PYTHON"),
+        (["bench", "memory", "--only", "peer", "--peer", "/no/python"], "no such interpreter"),
     ],
 )
 def test_bad_usage(arguments: list[str], message: str, capsys: Capture) -> None:

@@ -8,13 +8,13 @@ forgetting, float32. Operations are counted from the formulas of a dense chunk-p
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -144,7 +144,13 @@ def peak_inside(case: Case, tokens: int) -> int:
     """What :func:`peak_memory` runs in the fresh process; compilation happens on a few chunks first."""
     training(case, Inputs.make(case, 2 * case.chunk))
     training(case, Inputs.make(case, tokens))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resident("VmHWM")
+
+
+def resident(field: str) -> int:
+    """A field of ``/proc/self/status`` in bytes: VmRSS now, VmHWM the peak (of this process, which rusage's is not)."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    return int(line.split()[1]) * 1024
 
 
 def growth(case: Case, lengths: list[int]) -> dict[str, float]:

@@ -147,7 +147,9 @@ def _peer(sizes: Sizes, python: str) -> list[Figure]:
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
-    model = next((x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")), "")
+    listed = Path("/proc/cpuinfo")
+    lines = listed.read_text().splitlines() if listed.is_file() else []
+    model = next((x for x in lines if x.startswith("model name")), f"model name: {platform.processor()}")
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,

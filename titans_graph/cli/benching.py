@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import sys
 from pathlib import Path
 
 from titans_graph.cli.options import Commands, command
@@ -41,12 +43,18 @@ def run_bench(options: argparse.Namespace) -> int:
         raise UsageError(f"--only {', '.join(unknown)}: the parts are {PARTS}")
     if options.peer is None and parts == ("peer",):
         raise UsageError("--only peer needs --peer PYTHON, an interpreter that has titans-pytorch")
+    if not sys.platform.startswith("linux") and set(parts) & {"growth", "peer"}:
+        raise UsageError("peak memory is read from Linux's /proc: elsewhere, give --only speed,length")
+    if options.peer is not None and shutil.which(options.peer) is None:
+        raise UsageError(f"--peer {options.peer}: no such interpreter")
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.touch()
     case, sizes = Case(), report.QUICK if options.quick else report.Sizes()
     print(f"{case.heads} heads, {case.dim} -> {case.hidden} -> {case.dim}, chunk {case.chunk}, float32, one thread")
     figures = report.bench(case, sizes, parts, options.peer, lambda line: print(line, flush=True))
     if "peer" in parts and options.peer is None:
         print("no comparison with titans-pytorch: give --peer PYTHON")
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(report.plain(case, sizes, figures), indent=1) + "\n")
     return 0
