@@ -163,7 +163,16 @@ def test_registrations_that_would_fail_later(name: Any, loss: Any, given: Any, m
 def test_curvature() -> None:
     register_objective("test_curved", log_cosh, width=1.0, curvature=lambda width: 1 / width**2)
     register_objective("test_fixed_curve", log_cosh, width=1.0, curvature=7)
-    found = ["l2", "dot", "huber", "lp", {"lp": {"p": 2}}, "test_cosine", {"test_curved": {"width": 0.5}}, "test_fixed_curve"]
+    found: list[Any] = [
+        "l2",
+        "dot",
+        "huber",
+        "lp",
+        {"lp": {"p": 2}},
+        "test_cosine",
+        {"test_curved": {"width": 0.5}},
+        "test_fixed_curve",
+    ]
     assert [parse_objective(d).curvature for d in found] == [2, 0, 1, None, 2, None, 4, 7]
     error = torch.linspace(-3, 3, 101, dtype=torch.float64, requires_grad=True)
     for description in ("l2", "dot", "huber", {"test_curved": {"width": 0.5}}):
