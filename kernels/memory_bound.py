@@ -27,6 +27,9 @@ SQUARINGS = 3
 
 def spectral_bound(weight: Tensor) -> Tensor:
     """Upper bounds of the spectral norms of matrices ``[..., in, out]``: ``[...]``. Zero matrices give about 1e-18."""
+    dtype = weight.dtype
+    if dtype.itemsize < 4:  # Squares of squares leave the range of half precision.
+        weight = weight.float()
     wide = weight.shape[-1] > weight.shape[-2]
     gram = weight @ weight.mT if wide else weight.mT @ weight
     log_scale = torch.zeros_like(gram[..., 0, 0])
@@ -39,7 +42,7 @@ def spectral_bound(weight: Tensor) -> Tensor:
         power *= 2
     last = torch.linalg.vector_norm(gram, dim=(-2, -1)).clamp_min(1e-36)
     bound: Tensor = ((log_scale + last.log() / power) / 2).exp()
-    return bound
+    return bound.to(dtype)
 
 
 MEASURES: dict[str, Callable[[Tensor], Tensor]] = {

@@ -97,3 +97,12 @@ def test_thousands_of_tokens_stay_finite(depth: int, keys: str, momentum: float)
         )  # fmt: skip
     largest = max(float(x.abs().max()) for x in (y, *weights, *momenta))
     assert largest < 10
+
+
+def test_half_precision_stays_in_range() -> None:
+    for scale in (0.0, 30.0):
+        weight = scale * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+        bound = spectral_bound(weight.half())
+        assert bound.dtype == torch.float16
+        assert bound.isfinite()
+        assert float(bound) >= 0.99 * float(torch.linalg.matrix_norm(weight, 2))
