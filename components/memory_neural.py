@@ -20,6 +20,7 @@ from titans_graph.errors import MissingInput, SegmentProblem, UsageError, WrongT
 from titans_graph.kernels.convolution import causal_conv
 from titans_graph.kernels.memory import memory_read, memory_scan, memory_step
 from titans_graph.kernels.memory_crowding import crowding, step_cap
+from titans_graph.kernels.memory_objectives import parse_objective
 from titans_graph.kernels.memory_ops import form_of
 from titans_graph.kernels.memory_prebuild import kinds, prebuild
 from titans_graph.kernels.networks import NetworkError, parse_network
@@ -35,9 +36,9 @@ class NeuralMemory(Component, nn.Module):
 
     Per head and batch row, with ``theta``, ``eta``, ``alpha`` from the token; keys and queries of unit length after a
     depthwise convolution and SiLU (section 4.4). The step is bounded (``cap``): gradients of a whole chunk are taken at
-    its first weights, so the stable step shrinks with the chunk and with 1 / (1 - momentum); unbounded, the popular
-    settings diverge at initialisation. The bound reads only the configured chunk and maximum momentum, the chunk's first
-    weights, and keys at or before the token, so that it is causal and the same in streaming.
+    its first weights, so the step that is stable (for l2) shrinks with the chunk and with 1 / (1 - momentum); unbounded,
+    the popular settings diverge at initialisation. The bound reads only the configured chunk and maximum momentum, the
+    chunk's first weights, and keys at or before the token, so that it is causal and the same in streaming.
     """
 
     @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class NeuralMemory(Component, nn.Module):
         )
         cap: str = parameter(
             "keys",
-            doc="keys: the step is bounded by what is stable for the chunk's keys and weights; none: used as it is",
+            doc="keys: the step is bounded by what is stable for l2, the chunk's keys and weights; none: used as it is",
             reason="unbounded steps diverge at chunk 64 (a linear map with eigenvalue C theta / (1 - eta))",
             choices=("keys", "none"),
         )
@@ -225,6 +226,7 @@ class NeuralMemory(Component, nn.Module):
         self.gate = nn.Linear(dim, inner, bias=False) if p.output_gate else None
         self.controls = nn.Linear(dim, p.heads * (1 + p.momentum + p.forget))
         self.taps = nn.ParameterDict({s: _taps(inner, p.conv) for s in ("query", "key", "value")} if p.conv else {})
+        self.curvature = parse_objective(p.objective).curvature
         self.log_momentum = math.log(p.max_momentum) if p.max_momentum else -math.inf
         network = parse_network(p.network)
         self.names = _free(list(shapes := network.weights(self.size)))
@@ -301,7 +303,7 @@ class NeuralMemory(Component, nn.Module):
         step, log_momentum, log_keep = self._controls(write)
         if self.p.cap == "keys":
             r, new["keys"] = crowding(k, state["keys"], clock.valid, clock.position, clock.lead, clock.end)
-            step = step * step_cap(r, self.p.max_momentum if self.p.momentum else 0.0)
+            step = step * step_cap(r, self.p.max_momentum if self.p.momentum else 0.0, self.curvature)
         y, anchor, weights, momenta = self._scan(q, k, v, step, log_momentum, log_keep, state, clock)
         for kind, values in (("anchor", anchor), ("weights", weights), ("momenta", momenta)):
             new |= {f"{kind}.{n}": w for n, w in zip(self.names, values, strict=True)}
@@ -390,8 +392,6 @@ def _free(names: list[str]) -> tuple[str, ...]:
 
 def _canonical(p: Any) -> None:
     """Write network and objective in their canonical form; a SiteError where they cannot be understood."""
-    from titans_graph.kernels.memory_objectives import parse_objective
-
     for key, parse in (("network", parse_network), ("objective", parse_objective)):
         try:
             object.__setattr__(p, key, parse(getattr(p, key)).text())

@@ -15,7 +15,7 @@ from torch.nn import functional
 import titans_graph as tg
 from tests.models import ALL, MODELS, example, parameters, small
 from titans_graph.cli import main
-from titans_graph.errors import UsageError
+from titans_graph.errors import InputError, UsageError
 from titans_graph.runtime.findings import Head
 from titans_graph.runtime.health import doctor, sample
 
@@ -121,7 +121,7 @@ def test_the_end_is_that_of_the_state(tokens: int) -> None:
 @pytest.mark.parametrize(
     ("parameter", "first"),
     [
-        ("layers.1.memory.key.weight", "layers.1.memory.recall at token 0"),
+        ("layers.1.memory.key.weight", "layers.1.memory.recall in the chunk of tokens 0-3"),
         ("layers.0.attended.project.weight", "layers.0.attended.out at token 0"),
         ("layers.1.mixed.gain_b", "layers.1.mixed.out at token 0"),
         ("layers.0.prefix.tokens", "layers.0.prefix.out"),
@@ -161,6 +161,69 @@ def test_a_nan_in_the_input_is_told_from_one_in_the_model() -> None:
     assert found.first is not None
     assert (found.first.node, found.first.token) == ("normed", 7)
     assert "the input is not finite at token 7" in found.problems
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [(5, "in the chunk of tokens 4-7"), (9, "in the chunk of tokens 8-9"), (10, "at token 10")],
+)
+def test_a_memory_that_reads_an_infinity_names_the_chunk(bad: int, said: str) -> None:
+    b = tg.Builder(dim=4)
+    memory = b.add("memory.neural", b.input("x", ["B", "T", "dim"]), heads=1, chunk=4 if bad < 10 else 1, name="memory")
+    b.output(memory.recall)
+    x = torch.randn(1, 10 if bad < 10 else 12, 4)
+    x[0, bad, 2] = torch.inf
+    found = doctor(b.build(), x)
+    assert found.first is not None
+    assert found.first.text() == f"memory.recall {said}"
+
+
+def linear(objective: Any, **given: Any) -> tg.Model:
+    torch.manual_seed(1)
+    b = tg.Builder(dim=8)
+    x = b.input("x", ["B", "T", "dim"])
+    b.output(b.add("memory.neural", x, heads=1, chunk=8, network="linear", objective=objective, **given).recall)
+    model: tg.Model = b.build()
+    return model
+
+
+def curved(prediction: Tensor, value: Tensor) -> Tensor:
+    return 4 * (prediction - value).square()
+
+
+tg.register_objective("test_doctor_known", curved, curvature=8)
+tg.register_objective("test_doctor_unknown", lambda p, v: curved(p, v))
+
+
+def test_the_cap_shrinks_with_the_curvature_of_the_objective() -> None:
+    x = torch.randn(2, 40, 8)
+    first, *others = (doctor(linear(o), x) for o in ("l2", "test_doctor_known", {"huber": {"delta": 1}}, "test_doctor_unknown"))
+    limits, steps = zip(*[(f.memories[0].heads[0].limit, f.memories[0].heads[0].step) for f in (first, *others)], strict=True)
+    for found, factor in ((1, 0.25), (2, 1.0)):
+        assert limits[found].maximum == pytest.approx(factor * limits[0].maximum)
+        assert steps[found].maximum == pytest.approx(factor * steps[0].maximum)
+    assert math.isnan(limits[3].maximum)
+    assert steps[3].maximum == pytest.approx(steps[0].maximum)
+
+
+def test_an_unknown_stable_step_is_said_and_not_judged() -> None:
+    found = doctor(linear("test_doctor_unknown", cap="none"), 0.01 * torch.randn(1, 8, 8))
+    note = "the largest stable step is not known for the objective test_doctor_unknown"
+    assert note in found.text()
+    assert not any("stable" in problem for problem in found.problems)
+    assert "no step above" not in found.text()
+    assert "  largest stable step" not in found.text()
+    assert found.plain()["memories"][0]["curvature"] is None
+    assert note in found.plain()["notes"][0]
+    json.dumps(found.plain(), allow_nan=False)
+
+
+@pytest.mark.parametrize("objective", ["l2", "test_doctor_unknown", {"lp": {"p": 2}}])
+def test_a_memory_that_diverges_is_found(objective: Any) -> None:
+    x = torch.ones(1, 48, 8)
+    (line,) = [p for p in doctor(linear(objective, cap="none"), x).problems if "grew from" in p]
+    assert "more than 1,000-fold" in line
+    assert doctor(linear("l2"), x).sound
 
 
 def test_an_infinite_first_weight_is_found_at_the_memory() -> None:
@@ -245,6 +308,12 @@ def test_a_trained_run_is_taken_with_its_weights(tmp_path: Path, capsys: Capture
     assert capsys.readouterr().out.startswith("lmm: 1 x 20 tokens")
     assert main(["doctor", run, "--set", "dim=8"]) == 2
     assert "--set goes with a spec" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("x", [torch.zeros(3, dtype=torch.int64), [[1, 2]], torch.zeros(1, 3), torch.tensor(3)])
+def test_what_does_not_fit_the_model_is_an_input_error(x: Any) -> None:
+    with pytest.raises(InputError, match=r"ids \[B, T\]|must be a tensor"):
+        doctor(small("mac"), x)
 
 
 def test_nothing_to_read_is_refused_and_samples_fit_every_vocabulary() -> None:

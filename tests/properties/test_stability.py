@@ -209,3 +209,9 @@ def test_equal_keys_at_the_cap_are_stable(chunk: int) -> None:
     """The sum of 2 step over a chunk of equal keys, the number after the 1 - of its map: at most 2, up to the longest."""
     total = float(2 * step_cap(torch.arange(1.0, chunk + 1), 0.0).sum())
     assert 0 < total <= 1.92
+
+
+def test_the_cap_shrinks_with_curvature_and_never_grows() -> None:
+    r = torch.arange(1.0, 9.0)
+    for curvature, factor in ((2.0, 1.0), (8.0, 0.25), (1.0, 1.0), (0.0, 1.0), (None, 1.0)):
+        assert torch.equal(step_cap(r, 0.9, curvature), factor * step_cap(r, 0.9))

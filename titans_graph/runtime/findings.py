@@ -21,6 +21,10 @@ TOKENS = {
 }
 """What is measured at every token, with its name in the table."""
 
+GROWN = 1e3
+"""Growth of a fast weight's norm that is called divergence: weights that fit values to keys of unit length grow about as
+large as the values, while weights that diverge are multiplied in every chunk, and soon pass any bound."""
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -41,10 +45,11 @@ class Head:
     """One head of one memory, over all rows of the batch.
 
     Over tokens: ``asked`` (theta from the token, before the cap), ``limit`` (the largest stable step at the token's
-    crowding, the configured maximum momentum and the chunk's first weights), ``step`` (theta as it is used), ``momentum``
-    eta, ``keep`` 1 - alpha, ``surprise`` (norm of the gradient by all fast weights at the chunk's first ones),
-    ``crowding`` r. Over chunks, by fast weight: ``writes`` (norm of its change). By fast weight: its norm at the ``start``
-    and at the ``end``, the largest of the rows. ``above``: tokens whose step is larger than the limit.
+    crowding, the configured maximum momentum and the chunk's first weights; all NaN where it is not known), ``step``
+    (theta as it is used), ``momentum`` eta, ``keep`` 1 - alpha, ``surprise`` (norm of the gradient by all fast weights at
+    the chunk's first ones), ``crowding`` r. Over chunks, by fast weight: ``writes`` (norm of its change). By fast weight:
+    its norm at the ``start`` and at the ``end``, the largest of the rows. ``above``: tokens whose step is larger than the
+    limit.
     """
 
     head: int
@@ -69,27 +74,33 @@ class Head:
 
 @dataclass(frozen=True)
 class Memory:
-    """One memory: the path of its node, what it is, and its heads."""
+    """One memory: the path of its node, what it is, its objective's curvature (None: no bound known), and its heads."""
 
     node: str
     network: str
     objective: str
     chunk: int
     cap: str
+    curvature: float | None
     heads: tuple[Head, ...]
 
 
 @dataclass(frozen=True)
 class NotFinite:
-    """A NaN or infinity: the node, its output port (or ``state KEY``), and the token, None where it belongs to none."""
+    """A NaN or infinity: the node, its output port (or ``state KEY``), and the token, None where it belongs to none.
+
+    ``until``: where one of several tokens may be the cause, the last of them.
+    """
 
     node: str
     port: str
     token: int | None
+    until: int | None = None
 
     def text(self) -> str:
         """For people."""
-        return f"{self.node}.{self.port}" + ("" if self.token is None else f" at token {self.token}")
+        at = f" at token {self.token}" if self.until is None else f" in the chunk of tokens {self.token}-{self.until}"
+        return f"{self.node}.{self.port}" + ("" if self.token is None else at)
 
 
 @dataclass(frozen=True)
@@ -118,11 +129,21 @@ class Examination:
             found.append(f"the first output that is not finite: {self.first.text()}")
         for memory in self.memories:
             found += [_too_large(memory, head) for head in memory.heads if head.above]
+            found += [line for head in memory.heads for line in _grown(memory, head)]
         return tuple(found)
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What could not be judged, one line each."""
+        return tuple(
+            f"{m.node}: the largest stable step is not known for the objective {m.objective}; its steps were not judged"
+            for m in self.memories
+            if m.curvature is None
+        )
+
+    @property
     def sound(self) -> bool:
-        """Whether everything was finite and no step larger than the largest stable one."""
+        """Whether everything was finite, nothing diverged, and no step was larger than the largest stable one, if known."""
         return not self.problems
 
     def text(self) -> str:
@@ -132,7 +153,8 @@ class Examination:
             lines += ["", *_table(memory)]
         if not self.memories:
             lines.append("no memory in this model; looked for NaN and infinity alone")
-        return "\n".join([*lines, "", *(self.problems or ("sound: all finite, no step above the largest stable one",))])
+        steps = "nothing diverged" if self.notes else "no step above the largest stable one"
+        return "\n".join([*lines, "", *(self.problems or (f"sound: all finite, {steps}",)), *self.notes])
 
     def plain(self) -> dict[str, Any]:
         """Mappings, lists, numbers and words; None for a number that is not finite."""
@@ -140,7 +162,7 @@ class Examination:
         for memory, shown in zip(self.memories, data["memories"], strict=True):
             for head, row in zip(memory.heads, shown["heads"], strict=True):
                 row["growth"] = _plain(head.growth)
-        return data | {"problems": list(self.problems), "sound": self.sound}
+        return data | {"problems": list(self.problems), "notes": list(self.notes), "sound": self.sound}
 
 
 def _too_large(memory: Memory, head: Head) -> str:
@@ -151,10 +173,23 @@ def _too_large(memory: Memory, head: Head) -> str:
     )
 
 
+def _grown(memory: Memory, head: Head) -> Iterator[str]:
+    """Weights that start below 1, at 0 perhaps, are held against 1: learning at all would multiply them by much."""
+    for name, last in head.end.items():
+        first = head.start[name]
+        if GROWN * max(first, 1.0) < last < math.inf:
+            yield (
+                f"{memory.node} head {head.head}: the norm of {name} grew from {_number(first)} to {_number(last)}, more than "
+                f"{GROWN:,.0f}-fold; the memory diverges (a smaller max_step) or its values are that large"
+            )
+
+
 def _table(memory: Memory) -> Iterator[str]:
     yield f"{memory.node}: {memory.network}, {memory.objective}, chunk {memory.chunk}, cap {memory.cap}"
     yield f"  {'':<24}{'head':>4}{'min':>11}{'median':>11}{'max':>11}"
     for key, title in TOKENS.items():
+        if key == "limit" and memory.curvature is None:
+            continue
         for head in memory.heads:
             yield _row(title, head.head, getattr(head, key))
             title = ""

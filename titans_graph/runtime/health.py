@@ -37,6 +37,7 @@ def doctor(model: Model, x: Tensor) -> Examination:
     A model without memories gets the check for NaN and infinity alone. Raises InputError where x does not fit the model,
     UsageError where it is empty.
     """
+    model._check_input(x, None)
     if x.numel() == 0:
         raise UsageError("there is nothing to read: give at least one row and one token")
     look = _Look(model, x.shape[1])
@@ -142,8 +143,18 @@ class _Look:
             # The state was fresh, so slot t holds token t; slots past the last token hold anything.
             at = _first(tensor, self.tokens - before) if tensor.is_floating_point() else None
             if self.first is None and at is not None:
-                self.first = NotFinite(name, port, before + at)
+                self.first = NotFinite(name, port, before + at, self._until(name, port, before + at))
         return slots
+
+    def _until(self, name: str, port: str, at: int) -> int | None:
+        """The last token of the chunk that a memory answers as one: one bad token spoils those before it too.
+
+        A memory's masked products multiply what a token does not see by 0, and 0 * inf is NaN. A chunk whose first tokens
+        are finite was not spoiled, and ``recalled`` has no such products: None, the token itself is meant.
+        """
+        chunk = self.logs[name].memory.p.chunk if name in self.logs and port == "recall" else 1
+        until: int = min(at + chunk, self.tokens) - 1
+        return until if at % chunk == 0 and until > at else None
 
 
 def _first(x: Tensor, tokens: int) -> int | None:
@@ -186,10 +197,11 @@ class _Log:
         ring = k.new_zeros(k.shape[0], p.chunk, p.heads, memory.size)  # chunks are read whole: nothing is left of them
         r, _ = crowding(k, ring, clock.valid, clock.position, clock.lead, clock.end)
         anchor = {n: new[f"anchor.{n}"] for n in memory.names}
-        limit = self._bounded(anchor, k, step_cap(r, p.max_momentum if p.momentum else 0.0))
+        limit = self._bounded(anchor, k, step_cap(r, p.max_momentum if p.momentum else 0.0, memory.curvature))
         step = asked * limit if p.cap == "keys" else asked
         surprise = self._surprise(anchor, k, v)
-        seen = {"asked": asked, "step": step, "limit": limit, "momentum": log_momentum.exp(), "keep": log_keep.exp()}
+        stable = torch.full_like(limit, torch.nan) if memory.curvature is None else limit
+        seen = {"asked": asked, "step": step, "limit": stable, "momentum": log_momentum.exp(), "keep": log_keep.exp()}
         for key, value in {**seen, "surprise": surprise, "crowding": r}.items():
             self.tokens.setdefault(key, []).append(value.movedim(1, -1)[clock.valid].double().cpu())
         for n in memory.names:
@@ -223,7 +235,8 @@ class _Log:
     def result(self) -> Memory:
         """What was seen, head by head."""
         p = self.memory.p
-        return Memory(self.name, p.network, p.objective, p.chunk, p.cap, tuple(self._head(h) for h in range(p.heads)))
+        heads = tuple(self._head(h) for h in range(p.heads))
+        return Memory(self.name, p.network, p.objective, p.chunk, p.cap, self.memory.curvature, heads)
 
     def _head(self, h: int) -> Head:
         tokens = {key: torch.cat(values)[:, h] for key, values in self.tokens.items()}
