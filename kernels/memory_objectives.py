@@ -83,7 +83,7 @@ def _check_tokens(name: str, loss: Loss, options: tuple[tuple[str, Plain], ...])
     """Try the loss on sizes that all differ: the shape must fit, and no token's loss may depend on another token."""
     import torch
 
-    if (name, loss, options) in _TRIED or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (name, loss, options) in _TRIED:
         return
     numbers = torch.arange(60, dtype=torch.float64, device="cpu").mul(1.7).sin()
     prediction, value = numbers.view(2, 2, 3, 5)
