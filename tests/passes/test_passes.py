@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -122,3 +123,31 @@ def test_the_reference_kernel_can_be_forced_and_agrees() -> None:
         models.append(tg.build(declared.graph).double())
     x = torch.randn(2, 11, 8, dtype=torch.float64)
     assert (models[0](x)[0] - models[1](x)[0]).abs().max() <= 1e-12
+
+
+TWO_LOOPS = """
+titans_graph: 1
+input: {x: [B, T, 4]}
+segment: 4
+nodes:
+  one:    {use: memory.neural, opening: x, write: first, heads: 1, chunk: 2, network: linear}
+  seen:   {use: sequence.concat, in: [one.recalled, x]}
+  first:  {use: attention.segment, in: seen, keep: x, heads: 1}
+  norm:   {use: norm.rms, in: first}
+  two:    {use: memory.neural, opening: norm, write: second, heads: 1, chunk: 2, network: linear}
+  again:  {use: sequence.concat, in: [two.recalled, norm]}
+  second: {use: attention.segment, in: again, keep: norm, heads: 1}
+  y:      {use: add, in: [second, one, two]}
+output: y
+"""
+
+
+def test_two_loops_of_one_block_run_without_hoisting(tmp_path: Path) -> None:
+    path = tmp_path / "two.yaml"
+    path.write_text(TWO_LOOPS)
+    torch.manual_seed(0)
+    model = tg.load(path).double()
+    plain = tg.load(path, disable=["hoist"]).double()
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(2, 11, 4, dtype=torch.float64)
+    assert (model(x)[0] - plain(x)[0]).abs().max() <= 1e-9

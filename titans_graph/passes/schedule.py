@@ -6,7 +6,7 @@ and everything else runs over the whole call at once; without it a loop takes it
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -46,8 +46,7 @@ class Schedule(Pass):
     def run(self, c: Compilation) -> Compilation:
         """Order calls so that every value is made before it is read, keeping what belongs together in one region."""
         loops = c.loops if c.hoist else _widened(c)
-        owner = {name: index for index, loop in enumerate(loops) for name in loop.nodes}
-        whole = _whole(c, loops, owner)
+        whole = _whole(c, loops)
         token = _token(c)
         return replace(c, whole=Program(tuple(whole)), token=Program(tuple(token)))
 
@@ -68,32 +67,43 @@ class Schedule(Pass):
 
 
 def _widened(c: Compilation) -> tuple[Loop, ...]:
-    """Loops that take along every node of the block instances they touch (where that stays one loop)."""
-    taken: dict[str, Loop] = {}
-    for loop in c.loops:
+    """Loops that take along every node of the block instances they touch, where that stays one loop.
+
+    Where a widened loop and what stands outside of it would wait for each other (two loops of one block, with nodes
+    between them), the loop stays as it is.
+    """
+    loops = list(c.loops)
+    for index, loop in enumerate(c.loops):
+        taken = {n for other in loops for n in other.nodes}
         instances = {c.nodes[n].instance for n in loop.nodes}
-        extra = [n for n in c.nodes if c.nodes[n].instance in instances and _can_join(c, n, loop)]
-        for n in dict.fromkeys([*loop.nodes, *extra]):
-            taken.setdefault(n, loop)
-    return tuple(Loop(tuple(n for n, owner in taken.items() if owner is loop), loop.period) for loop in c.loops)
+        extra = [n for n in c.nodes if c.nodes[n].instance in instances and n not in taken and _can_join(c, n, loop)]
+        wider = [*loops[:index], Loop((*loop.nodes, *extra), loop.period), *loops[index + 1 :]]
+        if nx.is_directed_acyclic_graph(_condensed(c, wider)):
+            loops = wider
+    return tuple(loops)
 
 
-def _can_join(c: Compilation, name: str, loop: Loop) -> bool:
-    """A node may join a loop when its outputs have time and its own periods divide the loop's."""
-    if any(name in other.nodes for other in c.loops):
-        return name in loop.nodes
-    timed = all(c.types[Ref(name, out.name)].timed for out in c.nodes[name].component.outputs)
-    return timed and all(loop.period % p == 0 for p in c.nodes[name].component.periods(c.sites[name]))
-
-
-def _whole(c: Compilation, loops: tuple[Loop, ...], owner: dict[str, int]) -> list[Region]:
-    """Condense loops to single items, order the items, and group neighbours of one block instance."""
-    net = nx.DiGraph()
+def _condensed(c: Compilation, loops: Sequence[Loop]) -> nx.DiGraph:
+    """What waits for what, with every loop as a single item ``loop <index>``."""
+    owner = {name: index for index, loop in enumerate(loops) for name in loop.nodes}
     item: dict[str, str] = {n: f"loop {owner[n]}" if n in owner else n for n in c.nodes}
+    net = nx.DiGraph()
     net.add_nodes_from(dict.fromkeys(item.values()))
     for name, node in c.nodes.items():
         for refs in node.inputs.values():
             net.add_edges_from((item[r.node], item[name]) for r in refs if r.node in item and item[r.node] != item[name])
+    return net
+
+
+def _can_join(c: Compilation, name: str, loop: Loop) -> bool:
+    """A node may join a loop when its outputs have time and its own periods divide the loop's."""
+    timed = all(c.types[Ref(name, out.name)].timed for out in c.nodes[name].component.outputs)
+    return timed and all(loop.period % p == 0 for p in c.nodes[name].component.periods(c.sites[name]))
+
+
+def _whole(c: Compilation, loops: tuple[Loop, ...]) -> list[Region]:
+    """Condense loops to single items, order the items, and group neighbours of one block instance."""
+    net = _condensed(c, loops)
     assert nx.is_directed_acyclic_graph(net), "loops and hoisted nodes depend on each other in a circle"
     groups: list[tuple[str, str, int, list[Step]]] = []
     entries: list[str] = _order(net, lambda e: _instance(c, loops, e))
