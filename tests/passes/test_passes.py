@@ -134,7 +134,7 @@ nodes:
   seen:   {use: sequence.concat, in: [one.recalled, x]}
   first:  {use: attention.segment, in: seen, keep: x, heads: 1}
   norm:   {use: norm.rms, in: first}
-  two:    {use: memory.neural, opening: norm, write: second, heads: 1, chunk: 2, network: linear}
+  two:    {use: memory.neural, opening: norm, write: second, heads: 2, chunk: 4, network: {mlp: 2}}
   again:  {use: sequence.concat, in: [two.recalled, norm]}
   second: {use: attention.segment, in: again, keep: norm, heads: 1}
   y:      {use: add, in: [second, one, two]}
@@ -142,12 +142,13 @@ output: y
 """
 
 
-def test_two_loops_of_one_block_run_without_hoisting(tmp_path: Path) -> None:
+@pytest.mark.parametrize("disabled", ["hoist", "share"])
+def test_two_loops_of_one_block(disabled: str, tmp_path: Path) -> None:
     path = tmp_path / "two.yaml"
     path.write_text(TWO_LOOPS)
     torch.manual_seed(0)
     model = tg.load(path).double()
-    plain = tg.load(path, disable=["hoist"]).double()
+    plain = tg.load(path, disable=[disabled]).double()
     plain.load_state_dict(model.state_dict())
     x = torch.randn(2, 11, 4, dtype=torch.float64)
     assert (model(x)[0] - plain(x)[0]).abs().max() <= 1e-9

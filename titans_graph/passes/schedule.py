@@ -206,8 +206,6 @@ def _regions(c: Compilation, groups: list[tuple[str, str, int, list[Step]]]) -> 
 
 def _region_name(instance: str, kind: str, index: int, groups: list[tuple[str, str, int, list[Step]]]) -> str:
     place = instance or "main"
-    if kind == "loop":
-        return f"{place}:loop"
     same = [i for i, g in enumerate(groups) if g[1] == instance and g[0] == kind]
     number = f":{same.index(index)}" if len(same) > 1 else ""
     return f"{place}:{kind}{number}"
