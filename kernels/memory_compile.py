@@ -127,9 +127,7 @@ def compiled(key: tuple[object, ...], body: Body, args: Sequence[Tensor]) -> Bod
         return _COMPILED[signature]
 
 
-def signature_of(
-    key: tuple[object, ...], device: torch.device, args: Sequence[tuple[torch.dtype, tuple[int, ...]]]
-) -> Signature:
+def signature_of(key: tuple[object, ...], device: torch.device, args: Sequence[Argument]) -> Signature:
     """What a compiled body belongs to."""
     return *key, device, *args
 

@@ -150,7 +150,8 @@ def neural_memory(
     names = [name for name, _ in shapes]
     lead = state.phase
     # A call within one chunk needs no more slots than that; compiled bodies would be built for every length.
-    size = chunk if kernel == "compiled" else min(chunk, lead + tokens)
+    compiles = kernel == "compiled" or torch.compiler.is_compiling()
+    size = chunk if compiles else min(chunk, lead + tokens)
     slots = -(-(lead + tokens) // size) * size
     q, k, v, step, log_momentum, log_keep = (_spread(x, lead, slots) for x in (q, k, v, step, log_momentum, log_keep))
     place = torch.arange(slots, device=q.device)

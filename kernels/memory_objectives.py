@@ -53,6 +53,11 @@ class Objective:
         return losses.sum()
 
     @property
+    def own(self) -> bool:
+        """Whether it is one of the project's, which every process knows, and not registered in this one."""
+        return _TABLE[self.name].own
+
+    @property
     def curvature(self) -> float | None:
         """A bound of the second derivative of a token's loss by its prediction; None where none is known."""
         bound = _TABLE[self.name].curvature

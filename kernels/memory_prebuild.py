@@ -40,7 +40,6 @@ from titans_graph.kernels.memory_objectives import parse_objective
 from titans_graph.kernels.networks import Network, parse_network
 
 CHILDREN: list[subprocess.Popen[bytes]] = []
-OWN = ("l2", "dot", "huber", "lp")
 _ASKED: set[Signature] = set()
 
 
@@ -110,7 +109,7 @@ def form_for(form: Form, kind: str) -> Form:
 
 def _can_help(form: Form) -> bool:
     """Whether another process can be started, and knows the objective: one that was registered here it does not."""
-    return bool(sys.executable) and not getattr(sys, "frozen", False) and form.objective.name in OWN
+    return bool(sys.executable) and not getattr(sys, "frozen", False) and form.objective.own
 
 
 def _wait(child: subprocess.Popen[bytes], done: Path) -> None:

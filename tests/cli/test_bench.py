@@ -52,7 +52,7 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /
 def test_peaks_are_those_of_the_process_itself() -> None:
     ballast = torch.ones(100_000_000)
     peak = memory.peak_memory(Case(heads=1, dim=4, hidden=4, chunk=4, kernel="chunk"), 8)
-    assert peak < memory.resident("VmRSS") - 200_000_000
+    assert peak < layer.resident("VmRSS") - 200_000_000
     assert ballast.sum() > 0
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from tests.training.data import model, quick, run, small_text
 from tests.training.stand_in import StandIn
 from titans_graph.errors import CheckpointError, UsageError
+from titans_graph.runtime.denormals import flushed
 from titans_graph.training import atomic, logs
-from titans_graph.training.denormals import flushed
 from titans_graph.training.loop import NonFiniteError, TrainResult, make_optimizer, train
 
 ROOT = Path(__file__).resolve().parents[2]

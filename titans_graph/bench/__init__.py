@@ -1,1 +1,4 @@
 """Measurements of what the project promises, printed as ratios within one run; behind ``titans-graph bench``."""
+
+PARTS = ("speed", "growth", "length", "peer")
+"""What can be measured on its own, in this order."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
-import os
 import statistics
 import sys
 import time
@@ -33,7 +32,7 @@ PEERS: dict[str, tuple[int, int | None, bool]] = {
 new weights; None: never) and whether torch.compile is used. ``per-token`` has the meaning of ours."""
 
 
-def ours(tokens: int) -> Layer:
+def ours() -> Layer:
     """The component ``memory.neural`` as it comes (with convolution and output gate), compiled for a batch of one."""
     import titans_graph as tg
 
@@ -100,8 +99,8 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
-    layer = ours(tokens) if setting == "ours" else theirs(setting)
-    print(json.dumps({"torch": torch.__version__, "pid": os.getpid(), **measure(layer, tokens, rounds)}))
+    layer = ours() if setting == "ours" else theirs(setting)
+    print(json.dumps({"torch": torch.__version__, **measure(layer, tokens, rounds)}))
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from titans_graph.bench.layer import resident
 from titans_graph.kernels.memory_function import MemoryState, fast_weights, neural_memory
 
 
@@ -141,16 +141,13 @@ def peak_memory(case: Case, tokens: int) -> int:
 
 
 def peak_inside(case: Case, tokens: int) -> int:
-    """What :func:`peak_memory` runs in the fresh process; compilation happens on a few chunks first."""
+    """What :func:`peak_memory` runs in the fresh process; compilation happens on a few chunks first.
+
+    Not the peak that rusage tells: a child's starts at its parent's.
+    """
     training(case, Inputs.make(case, 2 * case.chunk))
     training(case, Inputs.make(case, tokens))
     return resident("VmHWM")
-
-
-def resident(field: str) -> int:
-    """A field of ``/proc/self/status`` in bytes: VmRSS now, VmHWM the peak (of this process, which rusage's is not)."""
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
-    return int(line.split()[1]) * 1024
 
 
 def growth(case: Case, lengths: list[int]) -> dict[str, float]:

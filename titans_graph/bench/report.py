@@ -18,8 +18,7 @@ import torch
 from titans_graph.bench import layer, memory
 from titans_graph.bench.memory import Case
 from titans_graph.errors import UsageError
-
-PARTS = ("speed", "growth", "length", "peer")
+from titans_graph.runtime.denormals import flushed
 
 
 @dataclass(frozen=True)
@@ -63,18 +62,20 @@ QUICK = Sizes(512, 2, (512, 1024), (256, 512))
 @contextmanager
 def one_thread() -> Iterator[None]:
     """One thread, denormals flushed; both put back."""
-    threads, flushed = torch.get_num_threads(), sys.float_info.min / 2 == 0.0
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
     try:
-        yield
+        with flushed():
+            yield
     finally:
         torch.set_num_threads(threads)
-        torch.set_flush_denormal(flushed)
 
 
 def bench(case: Case, sizes: Sizes, parts: tuple[str, ...], peer: str | None, say: Callable[[str], None]) -> list[Figure]:
-    """Measure ``parts`` of ``PARTS``; ``peer`` is a Python that has titans-pytorch; ``say`` is told every figure at once."""
+    """Measure some of :data:`titans_graph.bench.PARTS`.
+
+    ``peer`` is a Python that has titans-pytorch; ``say`` is told every figure at once.
+    """
     run: dict[str, Callable[[], list[Figure]]] = {
         "speed": lambda: _speed(case, sizes),
         "growth": lambda: _growth(case, sizes),

@@ -8,10 +8,9 @@ import shutil
 import sys
 from pathlib import Path
 
+from titans_graph.bench import PARTS
 from titans_graph.cli.options import Commands, command
 from titans_graph.errors import UsageError
-
-PARTS = "speed, growth, length, peer"
 
 
 def add_commands(commands: Commands) -> None:
@@ -25,7 +24,7 @@ def add_commands(commands: Commands) -> None:
         "several lengths, and a whole layer against titans-pytorch 0.5.5. Compiles first, then takes some minutes.",
     )
     bench.add_argument("what", choices=("memory",), help="what to measure")
-    bench.add_argument("--only", metavar="PARTS", default=PARTS, help=f"some of: {PARTS} (default: all)")
+    bench.add_argument("--only", metavar="PARTS", default=",".join(PARTS), help=f"some of: {', '.join(PARTS)} (default: all)")
     bench.add_argument("--peer", metavar="PYTHON", help="a Python that has titans-pytorch 0.5.5; without it, no comparison")
     bench.add_argument("--quick", action="store_true", help="few tokens and rounds: whether it runs, not how fast")
     bench.add_argument("--out", type=Path, metavar="FILE", help="also write everything as JSON")
@@ -38,9 +37,9 @@ def run_bench(options: argparse.Namespace) -> int:
     from titans_graph.bench.memory import Case
 
     parts = tuple(p.strip() for p in options.only.split(","))
-    unknown = [p for p in parts if p not in report.PARTS]
+    unknown = [p for p in parts if p not in PARTS]
     if unknown:
-        raise UsageError(f"--only {', '.join(unknown)}: the parts are {PARTS}")
+        raise UsageError(f"--only {', '.join(unknown)}: the parts are {', '.join(PARTS)}")
     if options.peer is None and parts == ("peer",):
         raise UsageError("--only peer needs --peer PYTHON, an interpreter that has titans-pytorch")
     if not sys.platform.startswith("linux") and set(parts) & {"growth", "peer"}:

@@ -55,7 +55,7 @@ def run_train(options: argparse.Namespace) -> int:
 
 def run_generate(options: argparse.Namespace) -> int:
     """The prompt and its continuation, as it comes."""
-    from titans_graph.training.denormals import flushed
+    from titans_graph.runtime.denormals import flushed
     from titans_graph.training.generate import generate
 
     model, _ = _trained(options.checkpoint)
@@ -79,9 +79,9 @@ def run_generate(options: argparse.Namespace) -> int:
 
 def run_eval(options: argparse.Namespace) -> int:
     """Bits per byte of a checkpoint and of the floors on the same bytes."""
+    from titans_graph.runtime.denormals import flushed
     from titans_graph.tasks import text
     from titans_graph.tasks.floors import floors
-    from titans_graph.training.denormals import flushed
     from titans_graph.training.evaluate import bits_per_byte, restart_of
 
     model, checkpoint = _trained(options.checkpoint)

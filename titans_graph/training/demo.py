@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from titans_graph.errors import UsageError
+from titans_graph.runtime.denormals import flushed
 from titans_graph.tasks.floors import Floors, floors
 from titans_graph.tasks.text import Text
 from titans_graph.training import figures, folder, logs, plan
 from titans_graph.training.config import TrainConfig
-from titans_graph.training.denormals import flushed
 from titans_graph.training.evaluate import bits_per_byte
 from titans_graph.training.generate import generate
 from titans_graph.training.interface import LanguageModel

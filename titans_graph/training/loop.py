@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from titans_graph.errors import TitansGraphError, UsageError
+from titans_graph.runtime.denormals import flushed
 from titans_graph.tasks.text import Text, check_vocabulary
 from titans_graph.training import atomic, checkpoint, folder
 from titans_graph.training.config import TrainConfig, learning_rate
-from titans_graph.training.denormals import flushed
 from titans_graph.training.evaluate import bits_per_byte, restart_of
 from titans_graph.training.interface import LanguageModel
 from titans_graph.training.interrupt import Interrupt

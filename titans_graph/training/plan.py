@@ -17,10 +17,10 @@ from statistics import median
 import torch
 
 from titans_graph.errors import CheckpointError
+from titans_graph.runtime.denormals import flushed
 from titans_graph.tasks.text import Text
 from titans_graph.training import atomic
 from titans_graph.training.config import TrainConfig
-from titans_graph.training.denormals import flushed
 from titans_graph.training.interface import LanguageModel
 from titans_graph.training.loop import LossModule
 
