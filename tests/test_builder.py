@@ -8,7 +8,6 @@ from typing import Any, cast
 import pytest
 
 from tests.ir import fakes
-from titans_graph import registry
 from titans_graph.builder import Builder
 from titans_graph.errors import (
     Diagnostic,
@@ -30,12 +29,9 @@ from titans_graph.spec import read_text
 
 
 @pytest.fixture(autouse=True)
-def _fake_components(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(registry, "TABLE", dict(fakes.TARGETS))
-    monkeypatch.setattr(registry, "_plugins", dict)
-    registry.lookup.cache_clear()
-    yield
-    registry.lookup.cache_clear()
+def _fake_components() -> Iterator[None]:
+    with fakes.installed():
+        yield
 
 
 def mac() -> Builder:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
+
+from titans_graph import registry
 from titans_graph.registry import Component, Port, SiteError, parameter
 
 
@@ -107,3 +111,14 @@ TABLE = {
     "any.fake": "Anything",
 }
 TARGETS = {name: f"tests.ir.fakes:{attribute}" for name, attribute in TABLE.items()}
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """While entered, these components are the only ones there are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "TABLE", dict(TARGETS))
+        patch.setattr(registry, "_plugins", dict)
+        registry.lookup.cache_clear()
+        yield
+    registry.lookup.cache_clear()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.test_memory_cases import TIED
-from titans_graph.kernels.memory import memory_scan
+from tests.kernels.test_memory_cases import TIED, largest_at_half_cap
 from titans_graph.kernels.memory_bound import spectral_bound, step_bound
 from titans_graph.kernels.memory_reference import predict
 from titans_graph.kernels.networks import Network, parse_network
@@ -75,28 +73,7 @@ def test_linear_steps_are_not_changed() -> None:
 @pytest.mark.parametrize("keys", ["random", "repeated"])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_thousands_of_tokens_stay_finite(depth: int, keys: str, momentum: float) -> None:
-    """Unit keys, nothing forgotten, half the cap that counts like keys of the chunk up to the token's own."""
-    dim, slots, chunk = 16, 8192, 64
-    g = torch.Generator().manual_seed(depth)
-    network = parse_network({"mlp": {"depth": depth, "hidden": 32}})
-    initial = [network.initialise(n, s, g)[None, None] for n, s in network.weights(dim).items()]
-    zeros = [torch.zeros_like(w) for w in initial]
-    q, k, v = (torch.nn.functional.normalize(torch.randn(1, 1, slots, dim, generator=g), dim=-1) for _ in range(3))
-    if keys == "repeated":
-        k = k[:, :, :1].expand_as(k)
-    blocks = k.view(1, 1, -1, chunk, dim)
-    similarity = (blocks @ blocks.mT).abs().tril().sum(-1).view(1, 1, slots)
-    # For equal keys the sum of 1 / r over a chunk grows like ln C; without the logarithm a linear memory diverges.
-    step = 0.5 * (1 - 0.9) / (2 * similarity * (1 + similarity.log()))
-    log_momentum = torch.full_like(step, momentum).log()
-    valid, position = torch.ones(1, slots, dtype=torch.bool), torch.arange(slots)[None]
-    with torch.no_grad():
-        y, _, weights, momenta = memory_scan(
-            json.dumps({"mlp": {"depth": depth, "hidden": 32}}), "l2", "after", chunk, True, initial, initial, zeros,
-            initial, zeros, q, k, v, step, log_momentum, torch.zeros_like(step), valid, position,
-        )  # fmt: skip
-    largest = max(float(x.abs().max()) for x in (y, *weights, *momenta))
-    assert largest < 10
+    assert largest_at_half_cap({"mlp": {"depth": depth, "hidden": 32}}, keys, momentum, 8192, seed=depth) < 10
 
 
 def test_half_precision_stays_in_range() -> None:

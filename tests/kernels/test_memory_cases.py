@@ -124,3 +124,30 @@ TIED = Family(
 )
 """One matrix used twice, a gain, and a bias used twice, at different places."""
 register("test_tied", TIED)
+
+
+def largest_at_half_cap(network: Any, keys: str, momentum: float, slots: int, seed: int) -> float:
+    """The largest output, weight or momentum of a memory over unit keys (``random``, or one ``repeated``), nothing forgotten.
+
+    The step is half of what the like keys of a chunk of 64, up to the token's own, allow at momentum 0.9.
+    """
+    dim, chunk = 16, 64
+    g = torch.Generator().manual_seed(seed)
+    parsed = parse_network(network)
+    initial = [parsed.initialise(n, s, g)[None, None] for n, s in parsed.weights(dim).items()]
+    zeros = [torch.zeros_like(w) for w in initial]
+    q, k, v = (torch.nn.functional.normalize(torch.randn(1, 1, slots, dim, generator=g), dim=-1) for _ in range(3))
+    if keys == "repeated":
+        k = k[:, :, :1].expand_as(k)
+    blocks = k.view(1, 1, -1, chunk, dim)
+    similarity = (blocks @ blocks.mT).abs().tril().sum(-1).view(1, 1, slots)
+    # For equal keys the sum of 1 / r over a chunk grows like ln C; without the logarithm a linear memory diverges.
+    step = 0.5 * (1 - 0.9) / (2 * similarity * (1 + similarity.log()))
+    log_momentum = torch.full_like(step, momentum).log()
+    valid, position = torch.ones(1, slots, dtype=torch.bool), torch.arange(slots)[None]
+    with torch.no_grad():
+        y, _, weights, momenta = memory_scan(
+            parsed.text(), "l2", "after", chunk, True, initial, initial, zeros,
+            initial, zeros, q, k, v, step, log_momentum, torch.zeros_like(step), valid, position,
+        )  # fmt: skip
+    return max(float(x.abs().max()) for x in (y, *weights, *momenta))

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from tests.kernels.test_memory_bound import jacobian_length
 from tests.kernels.test_memory_cases import call, make
-from tests.kernels.test_network_exact import GATED, TIED, graphs
+from tests.kernels.test_network_exact import DIM, GATED, TIED
 from titans_graph.kernels.memory_bound import spectral_bound, step_bound
 from titans_graph.kernels.networks import parse_network
+from titans_graph.testing import strategies as tgs
 
 Norms = Mapping[str, Tensor]
 
@@ -82,7 +83,7 @@ def test_uses_of_one_weight_are_summed_before_they_are_squared() -> None:
 
 
 @settings(max_examples=60)
-@given(network=graphs(), seed=st.integers(0, 999))
+@given(network=tgs.network_graphs(DIM), seed=st.integers(0, 999))
 def test_it_is_above_the_jacobian_of_random_networks(network: Any, seed: int) -> None:
     graph, weights = parse_network(network), random_weights(network, 3, 1, seed)
     g = torch.Generator().manual_seed(seed)

@@ -14,11 +14,11 @@ from torch import Tensor
 
 import titans_graph as tg
 from tests.components.harness import POISON, build, calls, close, stream
-from tests.kernels.test_memory_cases import STATE, Case, assert_close, call, gradients, make
+from tests.kernels.test_memory_cases import STATE, Case, assert_close, call, gradients, largest_at_half_cap, make
 from tests.kernels.test_network_exact import GATED, TIED
 from titans_graph import shapes
 from titans_graph.errors import WrongType
-from titans_graph.kernels.memory import memory_scan, memory_step
+from titans_graph.kernels.memory import memory_step
 from titans_graph.kernels.networks import parse_network
 
 DIM, CHUNK = 8, 4
@@ -85,26 +85,8 @@ def test_every_fast_weight_starts_somewhere_and_learns(name: str) -> None:
 @pytest.mark.parametrize("network", [GATED, {"mlp": {"depth": 3, "norm": True}}, {"mlp": {"output_norm": True, "bias": True}}])
 @pytest.mark.parametrize("keys", ["random", "repeated"])
 def test_thousands_of_tokens_stay_finite(network: Any, keys: str) -> None:
-    """As for plain networks in test_memory_bound.py: unit keys, nothing forgotten, half the cap."""
-    dim, slots, chunk, momentum = 16, 4096, 64, 0.9
-    g = torch.Generator().manual_seed(1)
-    graph = parse_network(network)
-    initial = [graph.initialise(n, s, g)[None, None] for n, s in graph.weights(dim).items()]
-    zeros = [torch.zeros_like(w) for w in initial]
-    q, k, v = (torch.nn.functional.normalize(torch.randn(1, 1, slots, dim, generator=g), dim=-1) for _ in range(3))
-    if keys == "repeated":
-        k = k[:, :, :1].expand_as(k)
-    blocks = k.view(1, 1, -1, chunk, dim)
-    similarity = (blocks @ blocks.mT).abs().tril().sum(-1).view(1, 1, slots)
-    step = 0.5 * (1 - momentum) / (2 * similarity * (1 + similarity.log()))
-    log_momentum = torch.full_like(step, momentum).log()
-    valid, position = torch.ones(1, slots, dtype=torch.bool), torch.arange(slots)[None]
-    with torch.no_grad():
-        y, _, weights, momenta = memory_scan(
-            graph.text(), "l2", "after", chunk, True, initial, initial, zeros,
-            initial, zeros, q, k, v, step, log_momentum, torch.zeros_like(step), valid, position,
-        )  # fmt: skip
-    assert max(float(x.abs().max()) for x in (y, *weights, *momenta)) < 20
+    """As for plain networks in test_memory_bound.py."""
+    assert largest_at_half_cap(network, keys, 0.9, 4096, seed=1) < 20
 
 
 def arguments(case: Case) -> tuple[list[list[Tensor]], list[Tensor], Tensor, Tensor]:

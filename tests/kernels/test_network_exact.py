@@ -23,6 +23,7 @@ from tests.kernels.test_memory_scan import ragged
 from tests.kernels.test_memory_streaming import run_parts
 from titans_graph.kernels.memory_objectives import register_objective
 from titans_graph.kernels.networks import NetworkError, parse_network
+from titans_graph.testing import strategies as tgs
 
 DIM = 3
 
@@ -126,48 +127,9 @@ def test_any_split_equals_the_whole(network: Any, objective: Any, read: str, cut
     assert_close(gradients(case, parts), gradients(case, whole), 1e-10)
 
 
-@st.composite
-def graphs(draw: st.DrawFn) -> dict[str, Any]:
-    """A random network of up to eight nodes whose sizes agree: every value is read, and the last joins what is left."""
-    nodes: dict[str, Any] = {}
-    sizes = {"x": DIM}
-    unread: set[str] = set()
-    weights: list[tuple[str, int, int]] = []
-
-    def add(name: str, use: str, inputs: list[str], width: int, **options: Any) -> str:
-        nodes[name] = {"use": use, "in": inputs, **options}
-        sizes[name] = width
-        unread.difference_update(inputs)
-        unread.add(name)
-        return name
-
-    plain = ["silu", "gelu", "relu2", "tanh", "sigmoid", "norm.rms", "norm.layer", "scale"]
-    uses = st.sampled_from(["fast.linear", "fast.linear", "fast.bias", "fast.gain", "tied", "add", "product", *plain])
-    for i in range(draw(st.integers(1, 6))):
-        use, name, source = draw(uses), f"n{i}", draw(st.sampled_from(sorted(sizes)))
-        alike = sorted(n for n, s in sizes.items() if s == sizes[source])
-        tied = [w for w, a, _ in weights if a == sizes[source]]
-        if use == "tied" and tied:
-            shared = draw(st.sampled_from(tied))
-            size = next(b for w, _, b in weights if w == shared)
-            add(name, "fast.linear", [source], size, weight=shared, size=size)
-        elif use in ("fast.linear", "tied"):
-            size = draw(st.integers(1, 4))
-            weights.append((add(name, "fast.linear", [source], size, size=size), sizes[source], size))
-        elif use in ("add", "product"):
-            add(name, use, [source, draw(st.sampled_from(alike))], sizes[source])
-        else:
-            extra = {"eps": 0.01} if use.startswith("norm") else {"by": 0.5} if use == "scale" else {}
-            add(name, use, [source], sizes[source], **extra)
-    ends = [add(f"end{i}", "fast.linear", [name], DIM) for i, name in enumerate(sorted(unread))]
-    if len(ends) > 1:
-        add("y", "add", ends, DIM)
-    return {"nodes": nodes}
-
-
 @settings(max_examples=25)
 @given(
-    network=graphs(),
+    network=tgs.network_graphs(DIM),
     objective=st.sampled_from(["l2", "dot", {"huber": {"delta": 0.5}}, {"lp": {"p": 3}}, "test_log_cosh"]),
     read=st.sampled_from(["after", "before", "chunk"]),
     uneven=st.booleans(),
@@ -184,7 +146,7 @@ def test_random_networks_match_the_reference(network: Any, objective: Any, read:
     assert parse_network(parse_network(network).text()) == parse_network(network)
 
 
-@given(network=graphs(), dim=st.integers(1, 6))
+@given(network=tgs.network_graphs(DIM), dim=st.integers(1, 6))
 def test_other_sizes_fit_or_are_refused(network: Any, dim: int) -> None:
     graph = parse_network(network)
     try:

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.ir import fakes
-from titans_graph import registry
 from titans_graph.ir import Block, Graph, Node, Ref, parse, to_text
 from titans_graph.shapes import Value, fixed, ids, stream
 from titans_graph.spec import read_text, to_yaml
@@ -18,12 +17,8 @@ from titans_graph.spec import read_text, to_yaml
 
 @pytest.fixture(autouse=True, scope="module")
 def _fake_components() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "TABLE", dict(fakes.TARGETS))
-        patch.setattr(registry, "_plugins", dict)
-        registry.lookup.cache_clear()
+    with fakes.installed():
         yield
-    registry.lookup.cache_clear()
 
 
 ODD = ["null", "on", "_", "y", "B", "T", "repeat-1", "segment", "graph", "main", "éß", "名前", "true", "e1", "x" * 90]

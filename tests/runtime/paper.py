@@ -115,12 +115,17 @@ def product_gate(component: nn.Module, a: Tensor, b: Tensor) -> Tensor:
     return F.silu(rms(a, component.gain_a)) * F.silu(rms(b, component.gain_b))  # type: ignore[arg-type]
 
 
+def parts(body: nn.Module, sizes: dict[str, int]) -> tuple[Memory, Attention, Tensor]:
+    """What all three designs are made of: the memory, attention, and the persistent tokens ``[N_p, dim]``."""
+    n = body.get_submodule
+    attention = Attention(n("attended"), sizes["heads"])
+    return Memory(n("memory"), sizes["heads"], sizes["chunk"], 0.9), attention, next(n("prefix").parameters())
+
+
 def mac(body: nn.Module, x: Tensor, sizes: dict[str, int]) -> Tensor:
     """Equations 21-25, ``[T, dim]``."""
     n = body.get_submodule
-    memory = Memory(n("memory"), sizes["heads"], sizes["chunk"], 0.9)
-    attention = Attention(n("attended"), sizes["heads"])
-    persistent = next(n("prefix").parameters())
+    memory, attention, persistent = parts(body, sizes)
     out: list[Tensor] = []
     h: list[tuple[Tensor, int | None]] = []
     s: list[tuple[Tensor, int | None]] = []
@@ -149,9 +154,7 @@ def window(t: int, size: int, seen: list[Tensor], persistent: Tensor) -> list[tu
 def mag(body: nn.Module, x: Tensor, sizes: dict[str, int]) -> Tensor:
     """Equations 26-28, ``[T, dim]``."""
     n = body.get_submodule
-    memory = Memory(n("memory"), sizes["heads"], sizes["chunk"], 0.9)
-    attention = Attention(n("attended"), sizes["heads"])
-    persistent = next(n("prefix").parameters())
+    memory, attention, persistent = parts(body, sizes)
     out: list[Tensor] = []
     seen: list[Tensor] = []
     for t, token in enumerate(x):
@@ -165,9 +168,7 @@ def mag(body: nn.Module, x: Tensor, sizes: dict[str, int]) -> Tensor:
 def mal(body: nn.Module, x: Tensor, sizes: dict[str, int]) -> Tensor:
     """Equations 29-31, ``[T, dim]``."""
     n = body.get_submodule
-    memory = Memory(n("memory"), sizes["heads"], sizes["chunk"], 0.9)
-    attention = Attention(n("attended"), sizes["heads"])
-    persistent = next(n("prefix").parameters())
+    memory, attention, persistent = parts(body, sizes)
     out: list[Tensor] = []
     seen: list[Tensor] = []
     for t, token in enumerate(x):

@@ -25,21 +25,30 @@ from titans_graph.ir import Block, Graph, Node, Ref
 from titans_graph.shapes import stream
 from titans_graph.spec import to_yaml
 
-__all__ = ["graphs", "memory_networks", "splits", "streams", "token_batches"]
+__all__ = ["graphs", "memory_networks", "network_graphs", "splits", "streams", "token_batches"]
 
 HIDDEN = st.integers(1, 4)
 PLAIN = ("silu", "gelu", "relu2", "tanh", "sigmoid", "norm.rms", "norm.layer", "scale")
-SHORT: list[Any] = ["linear", {"mlp": {"depth": 1}}, {"mlp": {"depth": 2, "hidden": 3}}, {"swiglu": {"hidden": 3}}]
+SHORT: list[Any] = [
+    "linear",
+    {"mlp": {"depth": 1}},
+    {"mlp": {"depth": 2, "hidden": 3}},
+    {"swiglu": {"hidden": 3}},
+    {"lowrank": {"rank": 2}},
+]
+
+
+def memory_networks(dim: int = 3) -> st.SearchStrategy[Any]:
+    """Descriptions of memory networks for keys of size ``dim``: shorthands and graphs."""
+    return st.sampled_from(SHORT) | network_graphs(dim)
 
 
 @st.composite
-def memory_networks(draw: st.DrawFn, dim: int = 3) -> Any:
-    """A description of a memory network for keys of size ``dim``: a shorthand, or a graph of up to a dozen nodes.
+def network_graphs(draw: st.DrawFn, dim: int = 3) -> dict[str, Any]:
+    """A memory network declared as a graph of up to a dozen nodes, for keys of size ``dim``.
 
     Every node is read, sizes agree, weights may be used twice; the last node has size ``dim``.
     """
-    if draw(st.booleans()):
-        return draw(st.sampled_from([*SHORT, {"lowrank": {"rank": 2}}]))
     nodes: dict[str, Any] = {}
     sizes, unread = {"x": dim}, set[str]()
     shared: list[tuple[str, int, int]] = []
@@ -52,7 +61,7 @@ def memory_networks(draw: st.DrawFn, dim: int = 3) -> Any:
         return name
 
     uses = st.sampled_from(["fast.linear", "fast.linear", "fast.bias", "fast.gain", "tied", "add", "product", *PLAIN])
-    for i in range(draw(st.integers(1, 5))):
+    for i in range(draw(st.integers(1, 6))):
         use, name, source = draw(uses), f"n{i}", draw(st.sampled_from(sorted(sizes)))
         ties = [(w, b) for w, a, b in shared if a == sizes[source]]
         if use == "tied" and ties:
