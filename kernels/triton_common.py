@@ -74,3 +74,42 @@ def surprise_by_value(delta, KIND: tl.constexpr, PARAMETER: tl.constexpr):
     if KIND == "dot":
         return tl.full(delta.shape, -1.0, tl.float32)
     return -surprise_slope(delta, KIND, PARAMETER)
+
+
+@triton.jit
+def dot(a, b):
+    """``a @ b`` with sums in fp32; fp32 operands are not rounded."""
+    return tl.dot(a, b, input_precision="ieee", out_dtype=tl.float32)
+
+
+@triton.jit
+def add_dot(total, a, b):
+    """``total + a @ b``."""
+    return tl.dot(a, b, total, input_precision="ieee", out_dtype=tl.float32)
+
+
+@triton.jit
+def sequence_place(sequences, chunks, n, h, stride, C: tl.constexpr):
+    """Of chunk ``n``: its sequence (-1: none), flags, head ``h``'s first token, where its ``valid`` begins, slots left."""
+    number, c, flags = chunk_place(chunks, n)
+    entry = sequences + tl.maximum(number, 0) * 5
+    return (
+        number,
+        flags,
+        tl.load(entry) + h * stride + c * C,
+        tl.load(entry + 1) + c * C,
+        tl.load(entry + 2) - c * C,
+    )
+
+
+@triton.jit
+def valid_slots(valid, where, length, C: tl.constexpr):
+    """Which of the chunk's slots hold a token, ``[C]``."""
+    i = tl.arange(0, C)
+    return tl.load(valid + where + i, mask=i < length, other=0) != 0
+
+
+@triton.jit
+def grid_of(rows: tl.constexpr, columns: tl.constexpr):
+    """Offsets ``[rows, columns]`` of a contiguous matrix."""
+    return tl.arange(0, rows)[:, None] * columns + tl.arange(0, columns)[None, :]
