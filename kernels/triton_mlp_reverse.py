@@ -1,0 +1,284 @@
+# mypy: disable-error-code="no-untyped-call, no-untyped-def, untyped-decorator"
+"""Triton kernels of a memory that is an MLP of two layers, backward, part two: the reverse scan over chunks.
+
+One program per sequence and head carries the cotangents of M and S through the chunks from the right (fp32, through memory
+that stays in L2, tile by tile as forward): the update's adjoint, the second-order part (deltas depend on the weights), and
+the adjoint of the key pass. It leaves what it carried into every chunk, from which the keys' cotangents follow in any order
+(``mlp_key_backward``). Both come after triton_mlp_backward.py, whose outputs they read; arrays as there.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from titans_graph.kernels.triton_common import (
+    add_dot,
+    chunk_place,
+    dot,
+    grid_of,
+    sequence_place,
+    surprise_by_value,
+    surprise_slope,
+    valid_slots,
+)
+from titans_graph.kernels.triton_mlp import key_tile
+
+
+@triton.jit
+def retreat_layer(
+    d_m, d_s, d_anchor, start_d_m, start_d_s, into_m, into_s, place, by_keys, keep, push, surprise_end,
+    begins, restarts, anchored, MIXED: tl.constexpr, RESUMED: tl.constexpr,
+):  # fmt: skip
+    """Cotangents of one tile of one layer from a chunk's end to its start.
+
+    ``by_keys``: what the key pass and the second-order part add, which belongs to the anchor. ``into_m``, ``into_s``: what
+    reading adds, replaced by what was carried to the chunk's end.
+    """
+    carried_m = tl.load(d_m + place)
+    carried_s = tl.load(d_s + place)
+    operand = into_m.dtype.element_ty
+    read = tl.load(into_m + place).to(tl.float32)
+    tl.store(into_m + place, carried_m.to(operand))
+    new_m = keep * carried_m
+    new_s = push * carried_m + surprise_end * carried_s
+    if MIXED:
+        new_m += read
+        new_s += tl.load(into_s + place).to(tl.float32)
+    else:
+        by_keys += read
+    tl.store(into_s + place, carried_s.to(operand))
+    if RESUMED:
+        if begins:
+            new_m += by_keys
+        else:
+            tl.store(d_anchor + place, tl.load(d_anchor + place) + by_keys)
+    else:
+        new_m += by_keys
+    if anchored:
+        new_m += tl.load(d_anchor + place)
+        tl.store(d_anchor + place, tl.zeros(new_m.shape, tl.float32))
+    if restarts:
+        tl.store(start_d_m + place, tl.load(start_d_m + place) + new_m)
+        tl.store(start_d_s + place, tl.load(start_d_s + place) + new_s)
+        new_m = tl.zeros(new_m.shape, tl.float32)
+        new_s = tl.zeros(new_m.shape, tl.float32)
+    tl.store(d_m + place, new_m)
+    tl.store(d_s + place, new_s)
+
+
+@triton.jit
+def mlp_reverse_kernel(
+    k,
+    valid,
+    sequences,
+    chunks,
+    vectors,
+    ends,
+    m_states,
+    anchor,
+    deltas,
+    scale,
+    hidden,
+    slope,
+    bend,
+    d_delta_one,
+    d_delta_two,
+    d_hidden,
+    into_m,
+    into_s,
+    d_m,
+    d_s,
+    d_anchor,
+    start_d_m,
+    start_d_s,
+    d_v,
+    stride,
+    heads,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    TILE: tl.constexpr,
+    OBJECTIVE: tl.constexpr,
+    PARAMETER: tl.constexpr,
+    MIXED: tl.constexpr,
+    RESUMED: tl.constexpr,
+):
+    """The reverse scan of one sequence and head.
+
+    ``d_m``, ``d_s``, ``d_anchor`` fp32 ``[S, H, 2, d, hidden]``: at entry the cotangents of the final state, at the end those
+    of the entry's. ``start_d_m``, ``start_d_s`` gather those of restarts. ``bend`` is replaced by the cotangent of layer 1's
+    product, ``d_delta_one`` is used up. Not ``MIXED``: of reading there is ``into_m`` alone.
+    """
+    number, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    operand = k.dtype.element_ty
+    size: tl.constexpr = 2 * D * HIDDEN
+    layer: tl.constexpr = D * HIDDEN
+    row = (number * heads + h) * size
+    first = tl.load(sequences + number * 5) + h * stride
+    where = tl.load(sequences + number * 5 + 1)
+    length = tl.load(sequences + number * 5 + 2)
+    base = tl.load(sequences + number * 5 + 3)
+    last_first = tl.load(sequences + number * 5 + 4)
+    count = (length + C - 1) // C
+    i = tl.arange(0, C)
+    tokens = grid_of(C, D)
+    tile = tl.arange(0, D)[:, None] * HIDDEN + tl.arange(0, TILE)[None, :]
+    columns = i[:, None] * HIDDEN + tl.arange(0, TILE)[None, :]
+    for back in tl.range(0, count, num_stages=1):
+        c = count - 1 - back
+        at = (base + c) * heads + h
+        _, _, flags = chunk_place(chunks, base + c)
+        begins = (flags & 1) != 0
+        now_m = m_states + at * size
+        wide = at * C * HIDDEN + columns
+        slots = (first + c * C) * D + tokens
+        ok = valid_slots(valid, where + c * C, length - c * C, C)
+        keys = tl.load(k + slots, mask=ok[:, None], other=0.0)
+        delta = tl.load(deltas + at * C * D + tokens)
+        factor = tl.load(scale + at)
+        last = tl.load(vectors + at * 4 * C + 2 * C + i)[:, None] * factor
+        surprised = tl.load(vectors + at * 4 * C + 3 * C + i)[:, None] * factor
+        d_delta = tl.zeros([C, D], tl.float32)
+        if MIXED:
+            d_delta += tl.load(d_delta_two + at * C * D + tokens).to(tl.float32)
+        for j in range(0, HIDDEN, TILE):
+            keys_m = dot(keys, tl.load(d_m + row + tile + j).to(operand))
+            keys_s = dot(keys, tl.load(d_s + row + tile + j).to(operand))
+            d_one = -last * keys_m - surprised * keys_s
+            if MIXED:
+                d_one += tl.load(d_delta_one + wide + j).to(tl.float32)
+            # From here on, bend and d_delta_one hold what the second loop needs of d_one.
+            tl.store(bend + wide + j, (d_one * tl.load(bend + wide + j).to(tl.float32)).to(operand))
+            turn = (d_one * tl.load(slope + wide + j).to(tl.float32)).to(operand)
+            tl.store(d_delta_one + wide + j, turn)
+            active = tl.load(hidden + wide + j)
+            active_m = dot(active, tl.trans(tl.load(d_m + row + layer + tile + j).to(operand)))
+            active_s = dot(active, tl.trans(tl.load(d_s + row + layer + tile + j).to(operand)))
+            two = key_tile(now_m + layer, anchor + row + layer, tile + j, begins, RESUMED)
+            d_delta = add_dot(d_delta - last * active_m - surprised * active_s, turn, tl.trans(two))
+        inside = (i < length - c * C)[:, None]
+        by_value = d_delta * surprise_by_value(delta.to(tl.float32), OBJECTIVE, PARAMETER)
+        tl.store(d_v + slots, tl.where(ok[:, None], by_value, 0.0).to(operand), mask=inside)
+        d_prediction = (d_delta * surprise_slope(delta.to(tl.float32), OBJECTIVE, PARAMETER)).to(operand)
+        delta_m = (delta * last).to(operand)
+        delta_s = (delta * surprised).to(operand)
+        keep = tl.load(ends + at * 4)
+        push = tl.load(ends + at * 4 + 1)
+        surprise_end = tl.load(ends + at * 4 + 2)
+        restarts = (flags & 2) != 0
+        anchored = c == last_first
+        tl.debug_barrier()
+        for j in range(0, HIDDEN, TILE):
+            two = key_tile(now_m + layer, anchor + row + layer, tile + j, begins, RESUMED)
+            d_x = dot(d_prediction, two)
+            d_x -= dot(delta_m, tl.load(d_m + row + layer + tile + j).to(operand))
+            d_x -= dot(delta_s, tl.load(d_s + row + layer + tile + j).to(operand))
+            if MIXED:
+                d_x += tl.load(d_hidden + wide + j).to(tl.float32)
+            d_z = (d_x * tl.load(slope + wide + j).to(tl.float32) + tl.load(bend + wide + j).to(tl.float32)).to(operand)
+            tl.store(bend + wide + j, d_z)
+            retreat_layer(
+                d_m + row, d_s + row, d_anchor + row, start_d_m + row, start_d_s + row, into_m + at * size,
+                into_s + at * size, tile + j, dot(tl.trans(keys), d_z), keep, push, surprise_end, begins, restarts, anchored,
+                MIXED, RESUMED,
+            )  # fmt: skip
+        # Layer 2 in a loop of its own: d_x above needs its old cotangents, and together the two spill registers.
+        for j in range(0, HIDDEN, TILE):
+            by_keys = dot(tl.trans(d_prediction), tl.load(hidden + wide + j))
+            by_keys = add_dot(by_keys, tl.trans(delta), tl.load(d_delta_one + wide + j))
+            retreat_layer(
+                d_m + row, d_s + row, d_anchor + row, start_d_m + row, start_d_s + row, into_m + at * size,
+                into_s + at * size, tile + j + layer, by_keys, keep, push, surprise_end, begins, restarts, anchored,
+                MIXED, RESUMED,
+            )  # fmt: skip
+        tl.debug_barrier()
+
+
+@triton.jit
+def mlp_key_backward_kernel(
+    k,
+    valid,
+    sequences,
+    chunks,
+    vectors,
+    m_states,
+    s_states,
+    anchor,
+    deltas,
+    scale,
+    hidden,
+    delta_one,
+    d_z,
+    carried_m,
+    carried_s,
+    d_k,
+    d_vectors,
+    d_ends,
+    stride,
+    heads,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    TILE: tl.constexpr,
+    MIXED: tl.constexpr,
+    RESUMED: tl.constexpr,
+):
+    """The keys' cotangents (added, where ``MIXED``, to reading's part in ``d_k``), and those of w, u and the end's scalars.
+
+    ``d_z``: of layer 1's product; ``carried_m``, ``carried_s``: of M and S at the chunk's end.
+    """
+    n, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    number, flags, first, where, length = sequence_place(sequences, chunks, n, h, stride, C)
+    if number < 0:
+        return
+    operand = k.dtype.element_ty
+    at = n * heads + h
+    begins = (flags & 1) != 0
+    now = at * 2 * D * HIDDEN
+    start = anchor + (number * heads + h) * 2 * D * HIDDEN
+    i = tl.arange(0, C)
+    tokens = grid_of(C, D)
+    tile = tl.arange(0, D)[:, None] * HIDDEN + tl.arange(0, TILE)[None, :]
+    wide = at * C * HIDDEN + i[:, None] * HIDDEN + tl.arange(0, TILE)[None, :]
+    factor = tl.load(scale + at)
+    last = tl.load(vectors + at * 4 * C + 2 * C + i)[:, None] * factor
+    surprised = tl.load(vectors + at * 4 * C + 3 * C + i)[:, None] * factor
+    delta = tl.load(deltas + at * C * D + tokens)
+    d_keys = tl.zeros([C, D], tl.float32)
+    by_m = tl.zeros([C, D], tl.float32)
+    by_s = tl.zeros([C, D], tl.float32)
+    d_last = tl.zeros([C], tl.float32)
+    d_surprised = tl.zeros([C], tl.float32)
+    for j in range(0, HIDDEN, TILE):
+        one = tl.load(delta_one + wide + j)
+        weights = key_tile(m_states + now, start, tile + j, begins, RESUMED)
+        d_keys = add_dot(d_keys, tl.load(d_z + wide + j), tl.trans(weights))
+        by_m = add_dot(by_m, one, tl.trans(tl.load(carried_m + now + tile + j)))
+        by_s = add_dot(by_s, one, tl.trans(tl.load(carried_s + now + tile + j)))
+        active = tl.load(hidden + wide + j)
+        d_last += tl.sum(active * dot(delta, tl.load(carried_m + now + D * HIDDEN + tile + j)), 1)
+        d_surprised += tl.sum(active * dot(delta, tl.load(carried_s + now + D * HIDDEN + tile + j)), 1)
+    ok = valid_slots(valid, where, length, C)
+    keys = tl.load(k + first * D + tokens, mask=ok[:, None], other=0.0)
+    tl.store(d_vectors + at * 4 * C + 2 * C + i, -d_last - tl.sum(keys * by_m, 1))
+    tl.store(d_vectors + at * 4 * C + 3 * C + i, -d_surprised - tl.sum(keys * by_s, 1))
+    d_keys -= last * by_m + surprised * by_s
+    slots = first * D + tokens
+    if MIXED:
+        d_keys += tl.load(d_k + slots, mask=ok[:, None], other=0.0).to(tl.float32)
+    tl.store(d_k + slots, tl.where(ok[:, None], d_keys, 0.0).to(operand), mask=(i < length)[:, None])
+    kept = tl.zeros([D, TILE], tl.float32)
+    pushed = tl.zeros([D, TILE], tl.float32)
+    ended = tl.zeros([D, TILE], tl.float32)
+    for j in range(0, 2 * HIDDEN, TILE):
+        # Layer 2 lies behind layer 1.
+        place = now + tile + (j // HIDDEN) * (D * HIDDEN) + j % HIDDEN
+        into = tl.load(carried_m + place).to(tl.float32)
+        momenta = tl.load(s_states + place).to(tl.float32)
+        kept += into * tl.load(m_states + place)
+        pushed += into * momenta
+        ended += tl.load(carried_s + place) * momenta
+    tl.store(d_ends + at * 4, tl.sum(kept))
+    tl.store(d_ends + at * 4 + 1, tl.sum(pushed))
+    tl.store(d_ends + at * 4 + 2, tl.sum(ended))
