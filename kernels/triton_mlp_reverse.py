@@ -131,35 +131,40 @@ def mlp_reverse_kernel(
         _, _, flags = chunk_place(chunks, base + c)
         begins = (flags & 1) != 0
         now_m = m_states + at * size
-        wide = at * C * HIDDEN + columns
-        slots = (first + c * C) * D + tokens
+        # Scalars join the pointers, so that offsets stay 32 bits wide and few registers hold them.
+        wide = at * C * HIDDEN
+        slots = (first + c * C) * D
         ok = valid_slots(valid, where + c * C, length - c * C, C)
-        keys = tl.load(k + slots, mask=ok[:, None], other=0.0)
+        keys = tl.load(k + slots + tokens, mask=ok[:, None], other=0.0)
         delta = tl.load(deltas + at * C * D + tokens)
-        factor = tl.load(scale + at)
-        last = tl.load(vectors + at * 4 * C + 2 * C + i)[:, None] * factor
-        surprised = tl.load(vectors + at * 4 * C + 3 * C + i)[:, None] * factor
+        minus = -tl.load(scale + at)
+        last = tl.load(vectors + at * 4 * C + 2 * C + i)[:, None] * minus
+        surprised = tl.load(vectors + at * 4 * C + 3 * C + i)[:, None] * minus
+        keys_m = (keys * last).to(operand)
+        keys_s = (keys * surprised).to(operand)
         d_delta = tl.zeros([C, D], tl.float32)
         if MIXED:
             d_delta += tl.load(d_delta_two + at * C * D + tokens).to(tl.float32)
         for j in range(0, HIDDEN, TILE):
-            keys_m = dot(keys, tl.load(d_m + row + tile + j).to(operand))
-            keys_s = dot(keys, tl.load(d_s + row + tile + j).to(operand))
-            d_one = -last * keys_m - surprised * keys_s
+            d_one = dot(keys_m, tl.load(d_m + row + (tile + j)).to(operand))
+            d_one = add_dot(d_one, keys_s, tl.load(d_s + row + (tile + j)).to(operand))
             if MIXED:
-                d_one += tl.load(d_delta_one + wide + j).to(tl.float32)
-            # From here on, bend and d_delta_one hold what the second loop needs of d_one.
-            tl.store(bend + wide + j, (d_one * tl.load(bend + wide + j).to(tl.float32)).to(operand))
-            turn = (d_one * tl.load(slope + wide + j).to(tl.float32)).to(operand)
-            tl.store(d_delta_one + wide + j, turn)
-            active = tl.load(hidden + wide + j)
-            active_m = dot(active, tl.trans(tl.load(d_m + row + layer + tile + j).to(operand)))
-            active_s = dot(active, tl.trans(tl.load(d_s + row + layer + tile + j).to(operand)))
+                d_one += tl.load(d_delta_one + wide + (columns + j)).to(tl.float32)
+            # From here on, bend and d_delta_one hold what the loops below need of d_one.
+            bent = d_one * tl.load(bend + wide + (columns + j)).to(tl.float32)
+            tl.store(bend + wide + (columns + j), bent.to(operand))
+            turn = (d_one * tl.load(slope + wide + (columns + j)).to(tl.float32)).to(operand)
+            tl.store(d_delta_one + wide + (columns + j), turn)
+            active = tl.load(hidden + wide + (columns + j))
             two = key_tile(now_m + layer, anchor + row + layer, tile + j, begins, RESUMED)
-            d_delta = add_dot(d_delta - last * active_m - surprised * active_s, turn, tl.trans(two))
+            d_delta = add_dot(d_delta, turn, tl.trans(two))
+            two = tl.load(d_m + row + layer + (tile + j)).to(operand)
+            d_delta = add_dot(d_delta, (active * last).to(operand), tl.trans(two))
+            two = tl.load(d_s + row + layer + (tile + j)).to(operand)
+            d_delta = add_dot(d_delta, (active * surprised).to(operand), tl.trans(two))
         inside = (i < length - c * C)[:, None]
         by_value = d_delta * surprise_by_value(delta.to(tl.float32), OBJECTIVE, PARAMETER)
-        tl.store(d_v + slots, tl.where(ok[:, None], by_value, 0.0).to(operand), mask=inside)
+        tl.store(d_v + slots + tokens, tl.where(ok[:, None], by_value, 0.0).to(operand), mask=inside)
         d_prediction = (d_delta * surprise_slope(delta.to(tl.float32), OBJECTIVE, PARAMETER)).to(operand)
         delta_m = (delta * last).to(operand)
         delta_s = (delta * surprised).to(operand)
@@ -169,24 +174,29 @@ def mlp_reverse_kernel(
         restarts = (flags & 2) != 0
         anchored = c == last_first
         tl.debug_barrier()
+        # Loaded again rather than held in registers through the loop above.
+        keys = tl.load(k + slots + tokens, mask=ok[:, None], other=0.0)
         for j in range(0, HIDDEN, TILE):
             two = key_tile(now_m + layer, anchor + row + layer, tile + j, begins, RESUMED)
             d_x = dot(d_prediction, two)
-            d_x -= dot(delta_m, tl.load(d_m + row + layer + tile + j).to(operand))
-            d_x -= dot(delta_s, tl.load(d_s + row + layer + tile + j).to(operand))
+            d_x = add_dot(d_x, delta_m, tl.load(d_m + row + layer + (tile + j)).to(operand))
+            d_x = add_dot(d_x, delta_s, tl.load(d_s + row + layer + (tile + j)).to(operand))
             if MIXED:
-                d_x += tl.load(d_hidden + wide + j).to(tl.float32)
-            d_z = (d_x * tl.load(slope + wide + j).to(tl.float32) + tl.load(bend + wide + j).to(tl.float32)).to(operand)
-            tl.store(bend + wide + j, d_z)
+                d_x += tl.load(d_hidden + wide + (columns + j)).to(tl.float32)
+            d_z = d_x * tl.load(slope + wide + (columns + j)).to(tl.float32)
+            d_z = (d_z + tl.load(bend + wide + (columns + j)).to(tl.float32)).to(operand)
+            tl.store(bend + wide + (columns + j), d_z)
             retreat_layer(
                 d_m + row, d_s + row, d_anchor + row, start_d_m + row, start_d_s + row, into_m + at * size,
                 into_s + at * size, tile + j, dot(tl.trans(keys), d_z), keep, push, surprise_end, begins, restarts, anchored,
                 MIXED, RESUMED,
             )  # fmt: skip
         # Layer 2 in a loop of its own: d_x above needs its old cotangents, and together the two spill registers.
+        tl.debug_barrier()
+        delta = tl.load(deltas + at * C * D + tokens)
         for j in range(0, HIDDEN, TILE):
-            by_keys = dot(tl.trans(d_prediction), tl.load(hidden + wide + j))
-            by_keys = add_dot(by_keys, tl.trans(delta), tl.load(d_delta_one + wide + j))
+            by_keys = dot(tl.trans(d_prediction), tl.load(hidden + wide + (columns + j)))
+            by_keys = add_dot(by_keys, tl.trans(delta), tl.load(d_delta_one + wide + (columns + j)))
             retreat_layer(
                 d_m + row, d_s + row, d_anchor + row, start_d_m + row, start_d_s + row, into_m + at * size,
                 into_s + at * size, tile + j + layer, by_keys, keep, push, surprise_end, begins, restarts, anchored,
