@@ -1,0 +1,99 @@
+"""Every Triton kernel compiles without a GPU for every target, fits the chip and spills nothing, in its default configuration.
+
+Each compilation runs in a process without ``TRITON_INTERPRET``, which the tests beside it need.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from titans_graph.kernels import triton_aot
+from titans_graph.kernels.triton_aot import Budget
+from titans_graph.kernels.triton_config import ARCHS, Config, Sizes, importable
+
+pytestmark = pytest.mark.skipif(not importable(), reason="needs triton")
+
+ROOT = Path(__file__).resolve().parents[2]
+
+TOY = """
+import sys
+import triton
+import triton.language as tl
+from titans_graph.errors import UsageError
+from titans_graph.kernels import triton_aot
+from titans_graph.kernels.triton_config import Config, Kernel, Sizes
+
+@triton.jit
+def product(x, y, out, count, D: tl.constexpr):
+    at = tl.arange(0, D)[:, None] * D + tl.arange(0, D)[None, :]
+    total = tl.zeros((D, D), tl.float32)
+    for i in tl.range(count):
+        total = tl.dot(tl.load(x + i * D * D + at), tl.load(y + i * D * D + at), total)
+    tl.store(out + at, total)
+
+@triton.jit
+def refused(x, y, out, count, D: tl.constexpr):
+    tl.store(out + tl.arange(0, 3), 0.0)
+
+def describe(sizes, config):
+    return {"x": "*bf16", "y": "*bf16", "out": "*fp32", "count": "i32"}, {"D": sizes.dim}
+
+toy = Kernel("toy", product, describe)
+for target in sys.argv[1:]:
+    b = triton_aot.budget(toy, Sizes(64, 64), Config(4, 2, 0), target)
+    print(target, b.registers > 30, b.matrix > 0, b.instructions > 100, *b.problems(), sep="|")
+print(*triton_aot.budget(toy, Sizes(64, 256), Config(8, 2, 0), "sm_90").problems(), sep="|")
+print(*triton_aot.budget(Kernel("refused", refused, describe), Sizes(64, 64), Config(), "sm_90").problems())
+wrong = Kernel("wrong", product, lambda s, c: ({"x": "*bf16", "z": "i32"}, {"D": 16}))
+try:
+    triton_aot.budget(wrong, Sizes(64, 64), Config(), "sm_90")
+except UsageError as error:
+    print(error)
+"""
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
+    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    kept |= {"PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, check=False)
+
+
+def test_a_toy_is_measured(tmp_path: Path) -> None:
+    """A product that fits, one that is too large for every chip, and one that triton refuses."""
+    script = tmp_path / "toy.py"
+    script.write_text(TOY)
+    done = run(str(script), *ARCHS)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[: len(ARCHS)] == [f"{target}|True|True|True" for target in ARCHS]
+    large, refused, wrong = lines[len(ARCHS) :]
+    assert "bytes of shared memory, 232448 there are" in large
+    assert "bytes of stack" in large
+    assert refused.startswith("does not compile: ")
+    assert wrong == "wrong: describe() leaves out ['count', 'out', 'y'] and adds ['z']"
+
+
+def test_an_unknown_kernel_is_refused() -> None:
+    done = run("-m", "titans_graph.kernels.triton_aot", "--kernels", "nothing")
+    assert done.returncode == 2
+    assert "no kernel 'nothing'; there are:" in done.stderr
+
+
+def test_limits_are_checked() -> None:
+    fits = Budget("k", Sizes(64, 64), "gfx942", Config(), shared=65_536)
+    assert fits.problems() == []
+    assert "65537 bytes" in Budget("k", Sizes(64, 64), "gfx942", Config(), shared=65_537).problems()[0]
+    assert "8 bytes of stack" in Budget("k", Sizes(64, 64), "sm_90", Config(), stack=8).problems()[0]
+    assert "513 columns" in Budget("k", Sizes(64, 64), "sm_100", Config(), tensor_memory=513).problems()[0]
+
+
+def test_sizes_are_said_in_words() -> None:
+    assert triton_aot.words(Sizes(64, 64, 256, activation="silu")) == "C64 64-256-64 silu"
+    assert triton_aot.words(Sizes(16, 128, dtype="fp32", read="before", bounded=True)) == "C16 128 fp32 before bounded"
+    assert len(triton_aot.all_sizes()) == len(set(triton_aot.all_sizes())) > 60
