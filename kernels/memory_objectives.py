@@ -242,8 +242,8 @@ def _parse_text(text: str) -> Objective:
         return _parse({text.strip().strip('"'): {}})
     try:
         return _parse(json.loads(text))
-    except json.JSONDecodeError as problem:
-        raise ObjectiveError(f"objective {text!r} is not JSON: {problem}") from None
+    except (ValueError, RecursionError) as problem:
+        raise ObjectiveError(f"objective {text!r:.200} is not JSON: {problem}") from None
 
 
 def _parse(description: Any) -> Objective:

@@ -64,7 +64,7 @@ def _parse_text(text: str) -> Network:
         return _parse({text.strip(): {}})
     try:
         value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as problem:
+    except (ValueError, RecursionError) as problem:
         raise NetworkError(f"memory network {text!r:.200} is not JSON: {problem}") from None
     return _parse({value: {}} if isinstance(value, str) else value)
 

@@ -63,13 +63,13 @@ class Diagnostic:
     severity = "error"
 
     def render(self) -> str:
-        """The diagnostic as text: ``file:line:col: error: message``, the line, a caret and a help line."""
+        """The diagnostic as text: ``file:line:col: error: message``, the line, a caret and a help line; bounded in length."""
         lines = []
         if self.span is not None:
             where = f"{self.span.file}:{self.span.line}:{self.span.column}"
         else:
-            where = f"node {self.node!r}" if self.node else "graph"
-        lines.append(f"{where}: {self.severity}: {self.message}")
+            where = f"node {shortened(self.node, 200)!r}" if self.node else "graph"
+        lines.append(f"{where}: {self.severity}: {shortened(self.message)}")
         if self.span is not None and self.span.text:
             shown, column = _clip(self.span.text, self.span.column)
             number = str(self.span.line)
@@ -77,8 +77,16 @@ class Diagnostic:
             caret = " " * (column - 1) + "^" * max(1, min(self.span.width, len(shown) - column + 1))
             lines.append(f"    {' ' * len(number)} | {caret}")
         if self.help:
-            lines.append(f"  help: {self.help}")
+            lines.append(f"  help: {shortened(self.help)}")
         return "\n".join(lines)
+
+
+def shortened(text: str, longest: int = 1000) -> str:
+    """A text without its middle where it is longer: names and values come from files, and may be of any length."""
+    if len(text) <= longest:
+        return text
+    half = (longest - 5) // 2
+    return f"{text[:half]} ... {text[-half:]}"
 
 
 def _clip(text: str, column: int, width: int = 160) -> tuple[str, int]:

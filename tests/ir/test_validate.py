@@ -160,7 +160,9 @@ def test_endless_values_are_refused() -> None:
         node = Node("y", "any.fake", {"value": value}, {"x": (Ref("x"),)})
         graph = Graph("g", Block("main", {"x": stream(8)}, (node,), {"y": Ref("y")}))
         assert type(only(validate(graph))) is WrongType
-        assert prune(graph, frozenset({("main", "y")})).main.nodes[0].parameters == {}
+        pruned = prune(graph, frozenset({("main", "y")}))
+        assert pruned is not None
+        assert pruned.main.nodes[0].parameters == {}
 
 
 @pytest.mark.parametrize(
@@ -197,6 +199,7 @@ def test_prune_leaves_out_what_cannot_be_followed() -> None:
     graph = parse(FRAME.format(nodes="  y = add.fake(x=[x, lost])\n  z = norm.fake(x=lost)", out="y", blocks=""))
     findings = inspect(graph)
     pruned = prune(graph, frozenset(findings.broken))
+    assert pruned is not None
     y, z = pruned.main.nodes
     assert y.inputs == {"x": (Ref("x"),)}
     assert z.inputs == {}

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any, Protocol
 
-import yaml
-
-from titans_graph.errors import UsageError
+from titans_graph.errors import UsageError, shortened
 from titans_graph.spec.scalars import BadScalar, resolve
+from titans_graph.spec.tree import Items, Table, Tree, compose
 
 SPEC_HELP = "a spec file, or the name of a shipped one such as mac"
 
@@ -60,22 +59,23 @@ def settings(pairs: list[str]) -> dict[str, Any]:
 def scalar(text: str) -> Any:
     """A value as a spec would read it: ``1e-3`` is a number, ``no`` and ``on`` are words, ``{mlp: 2}`` a mapping."""
     text = text.strip()
-    try:
-        return yaml.load(text, Loader=_Words) if text.startswith(("{", "[", '"', "'")) else resolve(text)
-    except (yaml.YAMLError, BadScalar) as error:
-        raise UsageError(f"--set: {text!r} is no value ({str(error).splitlines()[0]})") from error
+    if not text.startswith(("{", "[", '"', "'")):
+        try:
+            return resolve(text)
+        except BadScalar as error:
+            raise UsageError(f"--set: {text!r:.200} is no value ({error})") from None
+    tree, problems = compose(text, "--set")
+    if problems or tree is None:
+        why = problems[0].message if problems else "nothing is there"
+        raise UsageError(f"--set: {text!r:.200} is no value ({shortened(why, 200)})")
+    return _plain(tree)
 
 
-class _Words(yaml.SafeLoader):
-    """SafeLoader whose plain scalars go read as in a spec."""
-
-    def plain(self, node: yaml.ScalarNode) -> Any:
-        """The value of a string node: quoted ones stay strings."""
-        return resolve(node.value) if node.style is None else node.value
-
-
-_Words.yaml_implicit_resolvers = {}
-_Words.add_constructor("tag:yaml.org,2002:str", _Words.plain)
+def _plain(tree: Tree) -> Any:
+    """A tree as plain values; its depth is bounded by its reader."""
+    if isinstance(tree, Table):
+        return {key: _plain(entry.value) for key, entry in tree.entries.items()}
+    return [_plain(item) for item in tree.items] if isinstance(tree, Items) else tree.value
 
 
 def count(size: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterable
 
 from titans_graph.errors import suggest
@@ -33,4 +34,5 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def meant(help: str) -> str:
     """The word inside a help line ``did you mean 'x'?``, or an empty string."""
     prefix = "did you mean "
-    return help[len(prefix) + 1 : -2] if help.startswith(prefix) else ""
+    # The word stands there as Python writes it, with escapes in place of what cannot be shown.
+    return str(ast.literal_eval(help[len(prefix) : -1])) if help.startswith(prefix) else ""

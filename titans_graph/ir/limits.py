@@ -13,7 +13,9 @@ MAX_BYTES = 1_000_000
 MAX_DEPTH = 64
 """Nesting of mappings, lists and blocks."""
 MAX_ELEMENTS = 100_000
-"""Values in a file after aliases are expanded, and copies of nodes after blocks and repeats are."""
+"""Values in a file after aliases are expanded."""
+MAX_NODES = 20_000
+"""Copies of nodes after blocks and repeats are expanded."""
 MAX_BLOCKS = 10_000
 """Blocks that a spec makes for the parameters they are used with."""
 MAX_REPEAT = 10_000

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from titans_graph.errors import Diagnostic, LimitExceeded
-from titans_graph.ir.limits import MAIN, MAX_DEPTH, MAX_ELEMENTS, MAX_REPEAT
+from titans_graph.ir.limits import MAIN, MAX_DEPTH, MAX_NODES, MAX_REPEAT
 from titans_graph.ir.model import Block, Graph, Node
 
 _SHOWN = 6
@@ -48,6 +49,24 @@ def nesting_problems(graph: Graph) -> list[tuple[tuple[str, str], Diagnostic]]:
     return _too_much(blocks, uses)
 
 
+def without_circles(graph: Graph) -> Graph:
+    """The graph with every use that closes a circle emptied, so that it can be expanded."""
+    blocks = {**graph.blocks, MAIN: graph.main}
+    uses = {name: [n.use for n in block.nodes if n.use in graph.blocks] for name, block in blocks.items()}
+    circles = back_edges(uses)
+
+    def opened(name: str, block: Block) -> Block:
+        if not any((name, use) in circles for use in uses[name]):
+            return block
+        nodes = tuple(replace(n, use="") if (name, n.use) in circles else n for n in block.nodes)
+        return replace(block, nodes=nodes)
+
+    if not circles:
+        return graph
+    inner = {name: opened(name, block) for name, block in graph.blocks.items()}
+    return replace(graph, main=opened(MAIN, graph.main), blocks=inner)
+
+
 def circle_message(circle: list[str]) -> str:
     """What is said of a block that contains itself."""
     return f"block {circle[0]!r} contains itself: {' -> '.join(circle)}"
@@ -68,13 +87,13 @@ def _too_much(blocks: Mapping[str, Block], uses: Mapping[str, list[str]]) -> lis
         for node in blocks[name].nodes:
             sizes[name] += _copies(node) * sizes.get(node.use if node.use in uses else "", 1)
             deep = depths[name] > MAX_DEPTH and node.use in uses and depths[node.use] == depths[name] - 1
-            if sizes[name] > MAX_ELEMENTS or deep:
+            if sizes[name] > MAX_NODES or deep:
                 message = f"blocks are nested deeper than {MAX_DEPTH}" if deep else _MANY
                 return [((name, node.name), LimitExceeded(message, node.place("use"), node.name))]
     return []
 
 
-_MANY = f"blocks and repeats make more than {MAX_ELEMENTS} nodes"
+_MANY = f"blocks and repeats make more than {MAX_NODES} nodes"
 
 
 def _copies(node: Node) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 from titans_graph import registry
 from titans_graph.errors import (
@@ -29,7 +29,7 @@ from titans_graph.ir import unused
 from titans_graph.ir.hints import ENOUGH, EnoughMistakes, hint, meant
 from titans_graph.ir.limits import BLOCK_NAME, MAIN, MAX_DIAGNOSTICS, MAX_REPEAT, NAME, RESERVED
 from titans_graph.ir.model import BAD_REF, Block, Graph, Node, Ref
-from titans_graph.ir.nesting import nesting_problems
+from titans_graph.ir.nesting import nesting_problems, without_circles
 from titans_graph.ir.signature import SUGAR, Signature
 from titans_graph.ir.signature import of as signature_of
 from titans_graph.ir.values import UNRESOLVED, has_unresolved, plain_problem
@@ -96,8 +96,9 @@ def _inspect(graph: Graph, partial: frozenset[str], silent: frozenset[tuple[str,
         findings.diagnostics.extend(unused.unused_blocks(graph, findings.meant))
 
 
-def prune(graph: Graph, broken: frozenset[tuple[str, str]]) -> Graph:
-    """The graph without what cannot be followed: references to nothing, values that were not resolved."""
+def prune(graph: Graph, broken: frozenset[tuple[str, str]]) -> Graph | None:
+    """The graph without what cannot be followed: references to nothing, values that were not resolved, blocks that
+    contain themselves; None where its blocks make more nodes than anybody can look at."""
 
     def clean(name: str, block: Block) -> Block:
         if not any(where == name for where, _ in broken):
@@ -107,13 +108,22 @@ def prune(graph: Graph, broken: frozenset[tuple[str, str]]) -> Graph:
         return replace(block, nodes=nodes, outputs={k: r for k, r in block.outputs.items() if r.node in known})
 
     blocks = {name: clean(name, block) for name, block in graph.blocks.items()}
-    return replace(graph, main=clean(MAIN, graph.main), blocks=blocks)
+    pruned = without_circles(replace(graph, main=clean(MAIN, graph.main), blocks=blocks))
+    return None if nesting_problems(pruned) else pruned
 
 
 def _pruned(node: Node, known: set[str]) -> Node:
     inputs = {port: tuple(r for r in refs if r.node in known) for port, refs in node.inputs.items()}
     parameters = {k: v for k, v in node.parameters.items() if not has_unresolved(v)}
-    return replace(node, inputs={p: r for p, r in inputs.items() if r}, parameters=parameters)
+    repeat = node.repeat if repeat_problem(node.repeat) is None else 1
+    return replace(node, inputs={p: r for p, r in inputs.items() if r}, parameters=parameters, repeat=repeat)
+
+
+def repeat_problem(repeat: Any) -> tuple[type[Diagnostic], str] | None:
+    """What is wrong with a number of copies, or None."""
+    if type(repeat) is not int or repeat < 1:
+        return WrongType, f"repeat must be a whole number, at least 1, got {repeat!r:.60}"
+    return (LimitExceeded, f"repeat is at most {MAX_REPEAT}, got {repeat}") if repeat > MAX_REPEAT else None
 
 
 _LARGEST = 2**31
@@ -298,12 +308,10 @@ class _BlockCheck:
 
     def check_repeat(self, node: Node, known: Signature | None) -> None:
         """A repeat is a number in range, and there is a single input to chain the copies through."""
-        repeat, place = cast(Any, node.repeat), node.place("repeat")
-        if type(repeat) is not int or repeat < 1:
-            self.report(WrongType, f"repeat must be a whole number, at least 1, got {repeat!r:.60}", place, node.name)
-        elif repeat > MAX_REPEAT:
-            self.report(LimitExceeded, f"repeat is at most {MAX_REPEAT}, got {repeat}", place, node.name)
-        elif repeat > 1 and known is not None and (not known.first or known.inputs[known.first].many):
+        place, problem = node.place("repeat"), repeat_problem(node.repeat)
+        if problem is not None:
+            self.report(*problem, place, node.name)
+        elif node.repeat > 1 and known is not None and (not known.first or known.inputs[known.first].many):
             message = f"{known.label} cannot repeat: each copy reads the one before through its first input, one value"
             self.report(WrongType, message, place, node.name)
 

@@ -8,9 +8,13 @@ import networkx as nx
 
 from titans_graph.errors import CausalityLeak, Diagnostic
 from titans_graph.ir import Ref
+from titans_graph.ir.limits import MAX_DIAGNOSTICS
 from titans_graph.passes.base import Pass
 from titans_graph.passes.compilation import Compilation, FlatNode
 from titans_graph.shapes import Dependence
+
+PortNode = tuple[str, Ref]
+Steps = dict[PortNode, PortNode | None]
 
 # What each leaking kind means to a reader.
 MEANING = {
@@ -31,10 +35,16 @@ class CheckCausality(Pass):
     def run(self, c: Compilation) -> Compilation:
         """Report one diagnostic per leaking node that lies on a path from an input to an output."""
         net, leaks = _port_network(c)
-        sources = {("out", Ref(name)) for name in c.inputs}
-        targets = {("out", ref) for ref in c.outputs.values()}
-        found = [d for leak in leaks if (d := _diagnose(c, net, sources, targets, *leak)) is not None]
-        return c.report(*{(d.span, d.message.split(":")[0], d.node): d for d in found}.values())
+        before = _towards(net, {("out", Ref(name)) for name in c.inputs})
+        after = _towards(net.reverse(copy=False), {("out", ref) for ref in c.outputs.values()})
+        found: dict[object, Diagnostic] = {}
+        for node, d in leaks:
+            problem = _diagnose(before, after, node, d)
+            if problem is not None:
+                found[problem.span, problem.message.split(":")[0], problem.node] = problem
+            if len(found) > MAX_DIAGNOSTICS:  # each has a path to show, and no more than these are shown
+                break
+        return c.report(*found.values())
 
 
 def _port_network(c: Compilation) -> tuple[nx.DiGraph, list[tuple[FlatNode, Dependence]]]:
@@ -52,29 +62,34 @@ def _port_network(c: Compilation) -> tuple[nx.DiGraph, list[tuple[FlatNode, Depe
     return net, leaks
 
 
-def _diagnose(
-    c: Compilation,
-    net: nx.DiGraph,
-    sources: set[tuple[str, Ref]],
-    targets: set[tuple[str, Ref]],
-    node: FlatNode,
-    d: Dependence,
-) -> Diagnostic | None:
+def _diagnose(before: Steps, after: Steps, node: FlatNode, d: Dependence) -> Diagnostic | None:
     entry, leave = ("in", Ref(node.name, d.source)), ("out", Ref(node.name, d.target))
-    before = _path(net.reverse(copy=False), entry, sources)
-    after = _path(net, leave, targets)
-    if before is None or after is None:
+    if entry not in before or leave not in after:
         return None
-    ports = [*reversed(before), *after]
+    ports = [*reversed(_path(before, entry)), *_path(after, leave)]
     names = list(dict.fromkeys(ref.text() for kind, ref in ports if kind == "out" or ref.node == node.name))
     message = f"an output depends on later tokens through {node.local!r}: {MEANING[d.kind]}"
     help = "path: " + " -> ".join(names)
     return CausalityLeak(message, node.span, node.declared, help)
 
 
-def _path(net: nx.DiGraph, start: object, ends: set[tuple[str, Ref]]) -> list[tuple[str, Ref]] | None:
-    if start not in net:
-        return None
-    paths = nx.single_source_shortest_path(net, start)
-    reached = [paths[end] for end in ends if end in paths]
-    return min(reached, key=len) if reached else None
+def _towards(net: nx.DiGraph, ends: set[PortNode]) -> Steps:
+    """From every port that the ends reach, the next port on a shortest way back to one of them."""
+    steps: Steps = {end: None for end in sorted(ends, key=str) if end in net}
+    front = list(steps)
+    while front:
+        wave: list[PortNode] = []
+        for port in front:
+            for reached in net.successors(port):
+                if reached not in steps:
+                    steps[reached] = port
+                    wave.append(reached)
+        front = wave
+    return steps
+
+
+def _path(steps: Steps, start: PortNode) -> list[PortNode]:
+    path = [start]
+    while (port := steps[path[-1]]) is not None:
+        path.append(port)
+    return path

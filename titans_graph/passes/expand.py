@@ -5,30 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from titans_graph.errors import AlgebraicLoop, LimitExceeded, SpecError
+from titans_graph.errors import AlgebraicLoop, Diagnostic
 from titans_graph.ir import Block, Graph, Node, Ref
 from titans_graph.passes.base import Pass
 from titans_graph.passes.compilation import Binding, Compilation, FlatNode
 from titans_graph.registry import known, lookup
 
-MAXIMUM_NODES = 100_000
-MAXIMUM_DEPTH = 200
-
 
 @dataclass(frozen=True)
 class Expand(Pass):
-    """Every use of a block is replaced by the block's nodes; references are followed through block borders."""
+    """Every use of a block is replaced by the block's nodes; references are followed through block borders.
+
+    Blocks hold no circle, and their depth and the number of copies are bounded: validation of the declared graph sees to it.
+    """
 
     name = "expand"
 
     def run(self, c: Compilation) -> Compilation:
         """Fill ``nodes``, ``inputs`` and ``outputs``."""
         main = c.graph.main
-        scope = _Scope(c.graph, main, "", None, None)
+        shared = _Shared()
+        scope = _Scope(c.graph, main, "", None, None, shared)
         nodes = {n.name: n for n in scope.flatten()}
         outputs = {name: found for name, ref in main.outputs.items() if (found := scope.resolve(ref)) is not None}
         bindings = tuple(scope.bindings())
-        return replace(c, nodes=nodes, inputs=dict(main.inputs), outputs=outputs, bindings=bindings)
+        expanded = replace(c, nodes=nodes, inputs=dict(main.inputs), outputs=outputs, bindings=bindings)
+        return expanded.report(*shared.problems)
 
     def check_after(self, c: Compilation) -> None:
         """Only components are left, every reference names a node or a graph input."""
@@ -36,6 +38,25 @@ class Expand(Pass):
             assert known(node.use), node.use
             for refs in node.inputs.values():
                 assert all(ref.node in c.nodes or ref.node in c.inputs for ref in refs), node.name
+
+
+class _Shared:
+    """What all scopes of one expansion share: where references end, nodes by name, and mistakes found on the way."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[str, Ref], Ref | None] = {}
+        self.problems: dict[Diagnostic, None] = {}
+        self._nodes: dict[int, dict[str, Node]] = {}
+
+    def report(self, problem: Diagnostic) -> None:
+        """Collect one mistake, once."""
+        self.problems[problem] = None
+
+    def node(self, block: Block, name: str) -> Node | None:
+        """A node of a block; blocks are told apart by identity, and live as long as their graph."""
+        if id(block) not in self._nodes:
+            self._nodes[id(block)] = {n.name: n for n in reversed(block.nodes)}
+        return self._nodes[id(block)].get(name)
 
 
 @dataclass(frozen=True)
@@ -47,7 +68,7 @@ class _Scope:
     path: str
     parent: _Scope | None
     inputs: Mapping[str, Ref] | None
-    depth: int = 0
+    shared: _Shared
 
     def flatten(self) -> list[FlatNode]:
         found: list[FlatNode] = []
@@ -57,8 +78,6 @@ class _Scope:
                     found.append(self._leaf(node, copy))
                 elif node.use in self.graph.blocks:
                     found.extend(self._inner(node, copy).flatten())
-                if len(found) > MAXIMUM_NODES:
-                    raise SpecError([LimitExceeded(f"more than {MAXIMUM_NODES} nodes", node.span, node.name)])
         return found
 
     def bindings(self) -> list[Binding]:
@@ -109,38 +128,56 @@ class _Scope:
         )
 
     def _inner(self, node: Node, copy: int) -> _Scope:
-        if self.depth > MAXIMUM_DEPTH:
-            raise SpecError([LimitExceeded("blocks are nested too deeply", node.span, node.name)])
         block = self.graph.blocks[node.use]
         inputs = {port: refs[0] for port, refs in node.inputs.items() if refs}
         first = next(iter(block.inputs), None)
         if copy and first is not None:
             inputs[first] = Ref(f"{node.name}#{copy - 1}")
-        return _Scope(self.graph, block, self._name(node, copy), self, inputs, self.depth + 1)
+        return _Scope(self.graph, block, self._name(node, copy), self, inputs, self.shared)
 
     @staticmethod
     def _first_output(node: Node) -> str:
         return lookup(node.use).outputs[0].name
 
-    def resolve(self, ref: Ref, hops: int = 0) -> Ref | None:
-        """The component output or graph input behind a reference; None where it is broken (reported elsewhere)."""
-        if hops > 10_000:
-            raise SpecError([AlgebraicLoop(f"{ref.text()!r} is connected only to itself", self.block.span)])
+    def resolve(self, ref: Ref) -> Ref | None:
+        """The component output or graph input behind a reference; None where it is broken (reported elsewhere).
+
+        Every reference of every instance is followed once, without recursion: passing through thousands of copies of a
+        block that hands its input on is a long way.
+        """
+        found, way = self.shared.found, dict[tuple[str, Ref], None]()
+        step: _Scope | Ref | None = self
+        at = ref
+        while isinstance(step, _Scope):
+            key = (step.path, at)
+            if key in found:
+                step = found[key]
+                break
+            if key in way:
+                self.shared.report(AlgebraicLoop(f"{ref.text()!r} is connected only to itself", step.block.span))
+                step = None
+                break
+            way[key] = None
+            step, at = step._follow(at)
+        found.update(dict.fromkeys(way, step))
+        return step
+
+    def _follow(self, ref: Ref) -> tuple[_Scope | Ref | None, Ref]:
+        """One step behind a reference: the end of the way, or the scope in which to look for another reference."""
         if ref.node in self.block.inputs:
             if self.parent is None:
-                return Ref(ref.node)
+                return Ref(ref.node), ref
             source = (self.inputs or {}).get(ref.node)
-            return self.parent.resolve(source, hops + 1) if source is not None else None
+            return (None, ref) if source is None else (self.parent, source)
         name, _, copied = ref.node.partition("#")
-        node = self.block.node(name)
+        node = self.shared.node(self.block, name)
         if node is None:
-            return None
+            return None, ref
         copy = int(copied) if copied else node.repeat - 1
         if known(node.use):
-            return Ref(self._name(node, copy), ref.port or self._first_output(node))
+            return Ref(self._name(node, copy), ref.port or self._first_output(node)), ref
         if node.use not in self.graph.blocks:
-            return None
+            return None, ref
         inner = self._inner(node, copy)
-        port = ref.port or next(iter(inner.block.outputs), "")
-        found = inner.block.outputs.get(port)
-        return inner.resolve(found, hops + 1) if found is not None else None
+        found = inner.block.outputs.get(ref.port or next(iter(inner.block.outputs), ""))
+        return (None, ref) if found is None else (inner, found)

@@ -26,7 +26,8 @@ class FindFeedback(Pass):
 
     def run(self, c: Compilation) -> Compilation:
         """Find cycles of calls (errors) and strongly connected nodes (loops)."""
-        algebraic = [_algebraic(c, cycle) for cycle in _cycles(c.stage_network())] or _untyped(c)
+        net = c.stage_network()
+        algebraic = [_message(c, net, cycle) for cycle in _cycles(net)] or _untyped(c)
         if algebraic:
             return c.report(*{(d.span, d.message): d for d in algebraic}.values())
         loops, found = [], []
@@ -62,10 +63,6 @@ def _untyped(c: Compilation) -> list[Diagnostic]:
             pairs = ((ref, Ref(name, port)) for ref in refs if ref not in c.types)
             net.add_edges_from(((ref.node, ""), (name, ""), {"ports": (ref, target)}) for ref, target in pairs)
     return [_message(c, net, cycle) for cycle in _cycles(net)]
-
-
-def _algebraic(c: Compilation, cycle: list[tuple[str, str]]) -> Diagnostic:
-    return _message(c, c.stage_network(), cycle)
 
 
 def _message(c: Compilation, net: nx.DiGraph, cycle: list[tuple[str, str]]) -> Diagnostic:

@@ -6,7 +6,9 @@ more with all its inputs known, and what it refuses becomes a diagnostic with th
 
 from __future__ import annotations
 
+import heapq
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,26 +77,39 @@ class _Inference:
 
     def settle(self) -> None:
         """Let types flow until nothing changes; nodes that refuse what they see stay unknown."""
-        waiting = [n for n in self.c.nodes.values() if n.name not in self.failed]
+        nodes = [n for n in self.c.nodes.values() if n.name not in self.failed]
+        readers: dict[Ref, list[int]] = {}
+        for i, node in enumerate(nodes):
+            around = [node.first_input] if node.first_input is not None else []
+            for ref in {*around, *(ref for refs in node.inputs.values() for ref in refs)}:
+                readers.setdefault(ref, []).append(i)
         used = self._users()
-        changed = True
-        while changed and waiting:
-            changed = False
-            for node in list(waiting):
-                partial = node.component.partial
-                site = self._site(node, used, partial=partial)
-                if site is None or self._bad_ports(node, site):
-                    continue
-                try:
-                    outputs = node.component.infer(site)
-                except SiteError:
-                    continue
-                new = {Ref(node.name, port): value.named(node.local) for port, value in outputs.items()}
-                fresh = {ref: value for ref, value in new.items() if ref not in self.types}
-                self.types.update(fresh)
-                changed = changed or bool(fresh)
-                if len(new) == len(node.component.outputs):
-                    waiting.remove(node)
+        done: set[int] = set()
+        sweep = list(range(len(nodes)))
+        while sweep:  # in order of declaration, but only those that something new has reached
+            heapq.heapify(sweep)
+            later: set[int] = set()
+            while sweep:
+                i = heapq.heappop(sweep)
+                fresh, complete = self._infer(nodes[i], used) if i not in done else ((), False)
+                done |= {i} if complete else set()
+                for reader in (r for ref in fresh for r in readers.get(ref, ())):
+                    heapq.heappush(sweep, reader) if reader > i else later.add(reader)
+            sweep = list(later)
+
+    def _infer(self, node: FlatNode, used: dict[str, frozenset[str]]) -> tuple[Collection[Ref], bool]:
+        """Ask one node for its types: which are new, and whether all are known now."""
+        site = self._site(node, used, partial=node.component.partial)
+        if site is None or self._bad_ports(node, site):
+            return (), False
+        try:
+            outputs = node.component.infer(site)
+        except SiteError:
+            return (), False
+        new = {Ref(node.name, port): value.named(node.local) for port, value in outputs.items()}
+        fresh = {ref: value for ref, value in new.items() if ref not in self.types}
+        self.types.update(fresh)
+        return fresh, len(new) == len(node.component.outputs)
 
     def _users(self) -> dict[str, frozenset[str]]:
         used: dict[str, set[str]] = {}

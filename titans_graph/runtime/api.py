@@ -7,7 +7,8 @@ from os import PathLike
 from typing import Any
 
 from titans_graph.errors import Diagnostic, SpecError, in_order, raise_errors
-from titans_graph.ir import Graph, validate
+from titans_graph.ir import Graph
+from titans_graph.ir.validate import capped, inspect, prune
 from titans_graph.lowering import Lower
 from titans_graph.passes import CHECKS, PLANS, Compilation, run
 from titans_graph.runtime.model import Model
@@ -19,7 +20,9 @@ PASSES = (*CHECKS, *PLANS, Lower())
 def declare(source: str | PathLike[str] | Graph, **parameters: Any) -> Declared:
     """A spec read and checked for names, ports and parameters; a graph built in Python only checked."""
     if isinstance(source, Graph):
-        return Declared(source, validate(source))
+        found = inspect(source)
+        broken = frozenset(found.broken)
+        return Declared(prune(source, broken), capped(found.diagnostics), broken=broken)
     return read(source, **parameters)
 
 
@@ -41,7 +44,7 @@ def compilation(
     if not start.sound:
         raise SpecError(_checked(start))
     done = run(start, PASSES, disable=disable, after=after)
-    raise_errors(done.diagnostics)
+    raise_errors(capped([*done.diagnostics]))
     return done
 
 
@@ -51,7 +54,7 @@ def _start(declared: Declared, graph: Graph) -> Compilation:
 
 def _checked(start: Compilation) -> list[Diagnostic]:
     """What the checking passes find in addition, on the parts of a graph that are well formed."""
-    return in_order(run(start, CHECKS).diagnostics)
+    return capped([*run(start, CHECKS).diagnostics])
 
 
 def check(source: str | PathLike[str] | Graph, **parameters: Any) -> list[Diagnostic]:

@@ -10,6 +10,7 @@ from titans_graph.errors import LimitExceeded, Span, SyntaxProblem, UsageError
 from titans_graph.ir.hints import nearest
 from titans_graph.ir.limits import MAX_BYTES
 from titans_graph.spec.load import Declared, declare
+from titans_graph.spec.tree import Source
 
 SHIPPED = Path(__file__).resolve().parent.parent / "specs"
 """The folder of the shipped specs."""
@@ -55,10 +56,10 @@ def read(path: str | PathLike[str], /, **overrides: Any) -> Declared:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        before = content[: error.start].decode("utf-8")
-        line, column = before.count("\n") + 1, len(before) - (before.rfind("\n") + 1) + 1
+        readable = content[: error.start].decode("utf-8").removeprefix("\ufeff")
+        place = Source(readable, name).offset(len(readable))
         message = f"byte 0x{content[error.start]:02x} is not UTF-8"
-        return Declared(None, [SyntaxProblem(message, Span(name, line, column), help="save the file as UTF-8 text")])
+        return Declared(None, [SyntaxProblem(message, place, help="save the file as UTF-8 text")])
     return declare(text, name, file.stem, overrides)
 
 

@@ -20,7 +20,7 @@ from titans_graph.ir.model import Graph
 from titans_graph.ir.validate import capped, inspect, prune
 from titans_graph.spec import blocks
 from titans_graph.spec.scope import Scope, mentioned
-from titans_graph.spec.tree import Scalar, Table, Tree, compose
+from titans_graph.spec.tree import Scalar, Source, Table, Tree, compose
 
 VERSION = 1
 KEYS = ("titans_graph", "name", *blocks.KEYS, "blocks")
@@ -49,7 +49,7 @@ def declare(text: str, file: str, stem: str, overrides: Mapping[str, Any]) -> De
         return Declared(None, [LimitExceeded(f"the file is larger than {MAX_BYTES} bytes", Span(file, 1, 1))])
     tree, problems = compose(text.removeprefix("\ufeff"), file)
     if tree is None:
-        start = Span(file, 1, 1, text=text.split("\n", 1)[0][:200])
+        start = Source(text[:200], file).span(0, 0)
         return Declared(None, capped(problems) or [MissingKey("the file is empty", start, help=_FIRST_LINE)])
     if not isinstance(tree, Table):
         problem = WrongType("a spec is a mapping", tree.span, help=_FIRST_LINE)
