@@ -19,7 +19,8 @@ from tests.training.stand_in import StandIn
 from titans_graph.errors import CheckpointError, UsageError
 from titans_graph.runtime.denormals import flushed
 from titans_graph.training import atomic, logs
-from titans_graph.training.loop import NonFiniteError, TrainResult, make_optimizer, train
+from titans_graph.training.loop import TrainResult, make_optimizer, train
+from titans_graph.training.replay import NonFiniteError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -142,7 +143,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, in_gradient: boo
     with pytest.raises(NonFiniteError, match="step 4: the " + ("gradient norm" if in_gradient else "loss")) as caught:
         run(tmp_path, quick(checkpoint_every=2), net=net)
     assert caught.value.step == 4
-    windows = load_file(caught.value.batch)["windows"]
+    windows = load_file(caught.value.folder / "batch.safetensors")["windows"]
     assert torch.equal(windows, small_text().batch(0, 3, range(2), 8))
     assert (tmp_path / "checkpoints" / "step-00000002").is_dir()
     assert all(torch.isfinite(p).all() for p in net.parameters())

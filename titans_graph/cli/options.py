@@ -30,9 +30,9 @@ def command(commands: Commands, name: str, summary: str, example: str, detail: s
     )
 
 
-def add_spec(parser: argparse.ArgumentParser) -> None:
+def add_spec(parser: argparse.ArgumentParser, needed: bool = True) -> None:
     """``SPEC`` and ``--set``."""
-    parser.add_argument("spec", metavar="SPEC", help=SPEC_HELP)
+    parser.add_argument("spec", metavar="SPEC", nargs=None if needed else "?", help=SPEC_HELP)
     parser.add_argument(
         "--set",
         action="extend",

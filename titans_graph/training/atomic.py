@@ -8,10 +8,13 @@ damaged later (a bad disk, a stray editor) is seen as well.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
+import socket
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -50,7 +53,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             _remove(temporary)
-        raise _failure(folder, error) from error
+        raise failure(folder, error, sum(map(len, files.values()))) from error
 
 
 def remove_folder(folder: Path) -> None:
@@ -83,7 +86,7 @@ def write_file(path: Path, content: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             _remove(temporary)
-        raise _failure(path, error) from error
+        raise failure(path, error, len(content)) from error
 
 
 def damage(folder: Path) -> str:
@@ -109,39 +112,66 @@ def damage(folder: Path) -> str:
 def locked(folder: Path) -> Iterator[None]:
     """Hold ``folder`` for this process alone; CheckpointError where another process holds it or it cannot be written.
 
-    The lock is the kernel's (flock on ``folder/lock``): it goes when the process goes, however it goes.
+    The lock is the kernel's (flock on ``folder/lock``): it goes when the process goes, however it goes. What the file says
+    is for people: who holds it.
     """
     import fcntl
 
     path = folder / "lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = open(path, "a+")  # noqa: SIM115 (closed below)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise _failure(folder, error) from error
-    with handle:
+        raise failure(folder, error) from error
+    try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(handle, 0)
+            os.write(handle, _owner().encode())
         except BlockingIOError as error:
-            handle.seek(0)
-            owner = handle.read().strip() or "unknown"
-            raise CheckpointError(
-                f"{folder}: another process (id {owner}) is training into this folder\n"
-                "  help: wait for it, or choose another --out"
-            ) from error
+            raise CheckpointError(_taken(folder, path)) from error
         except OSError as error:
-            raise _failure(path, error) from error
-        handle.truncate(0)
-        handle.write(str(os.getpid()))
-        handle.flush()
+            raise failure(path, error) from error
         yield
+    finally:
+        os.close(handle)
 
 
-def _failure(path: Path, error: OSError) -> CheckpointError:
+def _owner() -> str:
+    return f"{os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S %z')}"
+
+
+def _taken(folder: Path, path: Path) -> str:
+    try:
+        owner = path.read_text(errors="replace").strip() or "unknown"
+    except OSError:
+        owner = "unknown"
+    number = owner.partition(" ")[0]
+    stop = f", stop it with `kill {number}` (it saves first)" if number.isdigit() else ""
+    return (
+        f"{folder}: another process (id {owner}) is training into this folder\n"
+        f"  help: wait for it{stop}, or choose another --out"
+    )
+
+
+def failure(path: Path, error: OSError, needed: int = 0) -> CheckpointError:
+    """What to raise where ``path``, of ``needed`` bytes (0: not known), cannot be written."""
+    space = ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT) and needed:
+        space = f" ({needed:,} bytes are needed{_free(path)})"
     return CheckpointError(
-        f"{path}: cannot be written: {error.strerror or error}\n"
+        f"{path}: cannot be written: {error.strerror or error}{space}\n"
         "  help: earlier checkpoints are intact; free space or choose another folder, then run the same command again"
     )
+
+
+def _free(path: Path) -> str:
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    try:
+        return f", {shutil.disk_usage(path).free:,} are free"
+    except OSError:
+        return ""
 
 
 def _write(path: Path, content: bytes) -> None:

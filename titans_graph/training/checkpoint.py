@@ -4,12 +4,15 @@
 
 - ``weights.safetensors``    parameters and buffers by name;
 - ``optimizer.safetensors``  AdamW's moments as ``parameter/moment``, and torch's random states;
-- ``progress.json``          step, seconds so far, last validation, the run's identity, Python's and NumPy's random
-  states;
+- ``progress.json``          step, seconds so far, last validation, the run's settings and identity (as in ``run.json``),
+  Python's and NumPy's random states;
 - ``spec.yaml``              the resolved spec;
 - ``manifest.json``          sizes and checksums of the above.
 
 No pickle: a checkpoint from somebody else can be opened without running their code.
+
+The last ``keep`` are kept, two unless told otherwise, so that there is one to fall back to; while one is written, the disk
+holds one more.
 """
 
 from __future__ import annotations
@@ -75,17 +78,23 @@ def save_checkpoint(
     Atomic: see :mod:`titans_graph.training.atomic`. CheckpointError naming the path where the disk refuses.
     """
     folder = _folder(run) / _name(progress["step"])
-    files = {
-        WEIGHTS: save(_portable(model.state_dict())),
-        OPTIMIZER: save(_portable(_optimizer_tensors(model, optimizer) | _random_tensors())),
-        PROGRESS: json.dumps(progress | {"random": _random_plain()}, indent=1).encode(),
-        SPEC: model.spec.encode(),
-    }
-    atomic.write_folder(folder, files)
+    atomic.write_folder(folder, contents(model, optimizer, progress, random_tensors()))
     # Newer ones were passed over as damaged when this run was resumed from an earlier one.
     _remove(run, [p for p in _candidates(run) if p.name > folder.name])
     prune(run, progress["step"], keep)
     return folder
+
+
+def contents(
+    model: LanguageModel, optimizer: torch.optim.Optimizer, progress: dict[str, Any], states: dict[str, Tensor]
+) -> dict[str, bytes]:
+    """The files of a checkpoint, by name; ``states`` are torch's random states, of :func:`random_tensors`."""
+    return {
+        WEIGHTS: save(_portable(model.state_dict())),
+        OPTIMIZER: save(_portable(_optimizer_tensors(model, optimizer) | states)),
+        PROGRESS: json.dumps(progress | {"random": _random_plain()}, indent=1).encode(),
+        SPEC: model.spec.encode(),
+    }
 
 
 def prune(run: Path, step: int, keep: int) -> None:
@@ -103,10 +112,14 @@ def newest(run: Path, note: Note) -> Checkpoint | None:
         wrong = atomic.damage(folder)
         if not wrong:
             return _read(folder)
+        if not folder.is_dir():  # replaced by newer ones while we looked: a run goes on in this folder
+            return newest(run, note)
         note(f"note: {folder} is damaged ({wrong}); falling back to the checkpoint before it")
     if candidates:
         raise CheckpointError(
-            f"{_folder(run)}: every checkpoint is damaged\n  help: start again in another folder, or with --fresh"
+            f"{_folder(run)}: every checkpoint is damaged, {', '.join(sorted(p.name for p in candidates))}\n"
+            "  help: put one back from a copy; or start afresh from step 0, with --fresh (which sets this run aside) or "
+            "another --out"
         )
     return None
 
@@ -139,7 +152,20 @@ def restore(checkpoint: Checkpoint, model: LanguageModel, optimizer: torch.optim
             optimizer.state[parameter] = {
                 key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()
             }
-    _restore_random(saved, checkpoint.progress["random"])
+    restore_random(checkpoint)
+
+
+def restore_random(checkpoint: Checkpoint) -> None:
+    """Put torch's, Python's and NumPy's random states back."""
+    saved, plain = load_file(checkpoint.path / OPTIMIZER), checkpoint.progress["random"]
+    torch.set_rng_state(saved[f"{_RANDOM}cpu"])
+    for i in range(torch.cuda.device_count()):
+        if f"{_RANDOM}cuda{i}" in saved:
+            torch.cuda.set_rng_state(saved[f"{_RANDOM}cuda{i}"], i)
+    version, internal, gauss = plain["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = plain["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
 
 
 def _read(folder: Path) -> Checkpoint:
@@ -183,7 +209,8 @@ def _optimizer_tensors(model: LanguageModel, optimizer: torch.optim.Optimizer) -
     }
 
 
-def _random_tensors() -> dict[str, Tensor]:
+def random_tensors() -> dict[str, Tensor]:
+    """Torch's random states by name."""
     states = {f"{_RANDOM}cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states |= {f"{_RANDOM}cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
@@ -193,14 +220,3 @@ def _random_tensors() -> dict[str, Tensor]:
 def _random_plain() -> dict[str, Any]:
     kind, keys, *rest = np.random.get_state(legacy=True)
     return {"python": random.getstate(), "numpy": [str(kind), [int(k) for k in keys], *rest]}
-
-
-def _restore_random(saved: dict[str, Tensor], plain: dict[str, Any]) -> None:
-    torch.set_rng_state(saved[f"{_RANDOM}cpu"])
-    for i in range(torch.cuda.device_count()):
-        if f"{_RANDOM}cuda{i}" in saved:
-            torch.cuda.set_rng_state(saved[f"{_RANDOM}cuda{i}"], i)
-    version, internal, gauss = plain["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, position, has_gauss, cached = plain["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))

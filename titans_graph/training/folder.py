@@ -1,15 +1,15 @@
-"""A run's folder: what it belongs to (``run.json``), and what happens when another run wants it."""
+"""A run's folder: what it belongs to (``run.json``), what is left of it, and what happens when another run wants it."""
 
 from __future__ import annotations
 
 import difflib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from titans_graph.errors import CheckpointError
 from titans_graph.tasks.text import Text
-from titans_graph.training import atomic
+from titans_graph.training import atomic, checkpoint, logs
 from titans_graph.training.config import TrainConfig
 from titans_graph.training.interface import LanguageModel
 
@@ -22,29 +22,65 @@ def identity(model: LanguageModel, text: Text, config: TrainConfig) -> dict[str,
     return {"fingerprint": model.fingerprint, "spec": model.spec, "data": data, "config": config.identity()}
 
 
-def claim(run: Path, wanted: dict[str, Any]) -> None:
-    """Make ``run`` the folder of a run with identity ``wanted``, or raise CheckpointError naming what differs."""
-    found = _read(run)
-    if found is None:
-        if any((run / "checkpoints").glob("step-*")):
-            raise CheckpointError(f"{run}: checkpoints without {FILE}\n  help: choose another --out")
-        atomic.write_file(run / FILE, json.dumps(wanted, indent=1).encode())
+def claim(run: Path, wanted: dict[str, Any], note: checkpoint.Note) -> None:
+    """Make ``run`` the folder of a run with identity ``wanted``, or raise CheckpointError naming what differs.
+
+    A ``run.json`` that is missing or damaged is written anew, with a note, from what the newest checkpoint says.
+    """
+    found, wrong = _read(run)
+    lines = differences(found, wanted) if found else []
+    if found and not lines:
         return
-    lines = differences(found, wanted)
+    newest = checkpoint.newest(run, lambda text: None)
+    again = newest.progress.get("identity") if newest else None
+    lines = differences(again, wanted) if _whole(again) else lines
     if lines:
         raise CheckpointError(
             f"{run}: holds another run; it differs in\n    "
             + "\n    ".join(lines)
             + "\n  help: choose another --out, give the settings of that run, or pass --fresh to set that run aside"
         )
+    if (newest or wrong) and not _whole(again):
+        raise CheckpointError(
+            f"{run / FILE}: {wrong or 'is missing, but there are checkpoints'}; it cannot be told which run this is\n"
+            "  help: choose another --out, or pass --fresh to set it aside"
+        )
+    if newest:
+        wrong = wrong or ("disagrees with the checkpoints" if found else "is missing")
+        note(f"note: {run / FILE} {wrong}; written anew from {newest.path.name}")
+    atomic.write_file(run / FILE, json.dumps(wanted, indent=1).encode())
+
+
+def loss(run: Path, found: checkpoint.Checkpoint | None) -> list[str]:
+    """What of a run is gone where it goes on from ``found``, one line each: steps to repeat, records of the log.
+
+    CheckpointError where checkpoints were written and none is left: a run never starts over without being told so.
+    """
+    records = logs.read(run)
+    saved = [r["step"] for r in records if r["kind"] == "checkpoint"]
+    if found is None and saved:
+        raise CheckpointError(
+            f"{run / 'checkpoints'}: no checkpoint is left; the log says that step {max(saved)} was saved\n"
+            "  help: put it back from a copy; or start afresh from step 0, with --fresh (which sets this run aside) or "
+            "another --out"
+        )
+    step = found.step if found else 0
+    last = max((r["step"] for r in records if r["kind"] == "train"), default=0)
+    lines = []
+    if last > step:
+        steps = f"step {last}" if last == step + 1 else f"steps {step + 1} to {last}"
+        lines.append(f"{steps}, made after the last good checkpoint, {'is' if last == step + 1 else 'are'} run again")
+    if lost := logs.missing(records, step):
+        lines.append(f"{run / logs.FILE} is damaged or missing: it lacks {len(lost)} of the steps {lost[0]} to {lost[-1]}")
+    return lines
 
 
 def set_aside(run: Path) -> Path | None:
-    """Rename a folder that holds a run to ``NAME.1`` (or the first free number); None where there is no run.
+    """Rename a folder that holds a run, or what is left of one, to ``NAME.1`` (or the first free number); None without one.
 
     CheckpointError where a process is training into it.
     """
-    if not (run / FILE).is_file():
+    if not any((run / name).exists() for name in (FILE, logs.FILE, "checkpoints")):
         return None
     number = 1
     while (target := run.with_name(f"{run.name}.{number}")).exists():
@@ -59,27 +95,37 @@ def set_aside(run: Path) -> Path | None:
 def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """One line for each thing that differs between two identities; empty where they agree."""
     lines: list[str] = []
-    if found.get("fingerprint") != wanted["fingerprint"]:
-        changes = difflib.unified_diff(found.get("spec", "").splitlines(), wanted["spec"].splitlines(), n=0, lineterm="")
+    if found["fingerprint"] != wanted["fingerprint"]:
+        changes = difflib.unified_diff(found["spec"].splitlines(), wanted["spec"].splitlines(), n=0, lineterm="")
         shown = [line for line in changes if not line.startswith(("---", "+++", "@@"))]
         lines += ["the spec (- there, + here):", *(f"  {line}" for line in shown[:12])]
         lines += [f"  and {len(shown) - 12} more lines"] if len(shown) > 12 else []
-    if found.get("data", {}).get("identity") != wanted["data"]["identity"]:
-        there, here = found.get("data", {}), wanted["data"]
+    there, here = found["data"], wanted["data"]
+    if there.get("identity") != here["identity"]:
         lines.append(
             f"the text: {there.get('name')!r} with {there.get('bytes'):,} training bytes there, "
             f"{here['name']!r} with {here['bytes']:,} here"
         )
-    old, new = found.get("config", {}), wanted["config"]
+    old, new = found["config"], wanted["config"]
     lines += [f"{key}: {old.get(key)!r} there, {new.get(key)!r} here" for key in new | old if old.get(key) != new.get(key)]
     return lines
 
 
-def _read(run: Path) -> dict[str, Any] | None:
+def _read(run: Path) -> tuple[dict[str, Any] | None, str]:
+    """What ``run.json`` says, or what is wrong with it (empty where there is none)."""
     try:
-        content: dict[str, Any] = json.loads((run / FILE).read_bytes())
+        content = json.loads((run / FILE).read_bytes())
     except FileNotFoundError:
-        return None
+        return None, ""
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{run / FILE}: cannot be read ({error})\n  help: choose another --out") from error
-    return content
+        return None, f"cannot be read ({error})"
+    return (content, "") if _whole(content) else (None, "is damaged")
+
+
+def _whole(identity: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether it has the form that :func:`identity` gives."""
+    if not isinstance(identity, dict):
+        return False
+    data, config = identity.get("data"), identity.get("config")
+    words = isinstance(identity.get("fingerprint"), str) and isinstance(identity.get("spec"), str)
+    return words and isinstance(config, dict) and isinstance(data, dict) and isinstance(data.get("bytes"), int)

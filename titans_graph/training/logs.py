@@ -6,11 +6,11 @@ Kinds of records: ``start`` (identity, versions, settings), ``train`` (one optim
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any, Protocol
 
-from titans_graph.errors import CheckpointError
 from titans_graph.training import atomic
 
 FILE = "log.jsonl"
@@ -27,25 +27,35 @@ class RunLog:
 
     def __init__(self, run: Path, step: int, *, tensorboard: bool = True) -> None:
         self._path = run / FILE
-        kept = [r for r in read(run) if r.get("step", 0) <= step] if step else []
+        kept = [r for r in read(run) if r["step"] <= step] if step else []
         atomic.write_file(self._path, b"".join(_line(record) for record in kept))
-        self._file = open(self._path, "ab")  # noqa: SIM115 (closed by close)
-        self._board = _board(run / "tensorboard", step) if tensorboard else None
+        self._curves = run / "tensorboard"
+        try:
+            self._board = _board(self._curves, step) if tensorboard else None
+            # Without a buffer: closing it would write, and fail, a second time on a full disk.
+            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+        except OSError as error:
+            raise atomic.failure(run, error) from error
 
     def add(self, kind: str, **values: Any) -> None:
-        """Append one record and flush it; numbers also go to TensorBoard. CheckpointError on a full disk."""
+        """Append one record; numbers also go to TensorBoard. CheckpointError on a full disk."""
+        rest = memoryview(_line({"kind": kind, **values}))
         try:
-            self._file.write(_line({"kind": kind, **values}))
-            self._file.flush()
+            while rest:  # a disk that is nearly full takes a part
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise atomic.failure(self._path, error, len(rest)) from error
+        try:
             self._scalars(kind, values)
         except OSError as error:
-            raise CheckpointError(f"{self._path}: cannot be written: {error.strerror or error}") from error
+            raise atomic.failure(self._curves, error) from error
 
     def close(self) -> None:
         """Close the files."""
         self._file.close()
         if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(OSError):  # curves are drawn from log.jsonl as well
+                self._board.close()
 
     def _scalars(self, kind: str, values: dict[str, Any]) -> None:
         if self._board is None or kind not in ("train", "eval"):
@@ -56,18 +66,28 @@ class RunLog:
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """All records of a run, in order; a last line that a crash cut short is left out. Empty where there is no log."""
-    records = []
+    """All records of a run, in order; lines that a crash cut short, or are damaged, are left out. Empty without a log."""
     try:
         lines = (run / FILE).read_bytes().splitlines()
     except FileNotFoundError:
         return []
-    for line in lines:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
+    return [record for line in lines if (record := _record(line)) is not None]
+
+
+def missing(records: list[dict[str, Any]], step: int) -> list[int]:
+    """The steps up to ``step`` that records lack."""
+    there = {r["step"] for r in records if r["kind"] == "train"}
+    return [n for n in range(1, step + 1) if n not in there]
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """A line as a record; None for what is none."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    whole = isinstance(found, dict) and isinstance(found.get("step"), int) and isinstance(found.get("kind"), str)
+    return found if whole else None
 
 
 def _line(record: dict[str, Any]) -> bytes:

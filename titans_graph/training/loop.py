@@ -22,35 +22,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import Tensor
 
 from titans_graph.errors import TitansGraphError, UsageError
 from titans_graph.runtime.denormals import flushed
-from titans_graph.tasks.text import Text, check_vocabulary
-from titans_graph.training import atomic, checkpoint, folder
+from titans_graph.tasks.text import Text
+from titans_graph.training import atomic, checkpoint, folder, replay
 from titans_graph.training.config import TrainConfig, learning_rate
 from titans_graph.training.evaluate import bits_per_byte, restart_of
 from titans_graph.training.interface import LanguageModel
 from titans_graph.training.interrupt import Interrupt
 from titans_graph.training.logs import RunLog
+from titans_graph.training.objective import LossModule
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-
-class NonFiniteError(TitansGraphError):
-    """Loss or gradient norm is no finite number. ``step`` counts from 1; ``batch`` is the file of the step's tokens."""
-
-    def __init__(self, what: str, value: float, step: int, batch: Path) -> None:
-        self.step = step
-        self.batch = batch
-        super().__init__(
-            f"step {step}: the {what} is {value}; the weights of step {step - 1} are untouched\n"
-            f"  the batch is in {batch}\n"
-            "  help: a smaller learning rate or a longer warm-up; the last checkpoint is from before this step"
-        )
 
 
 @dataclass(frozen=True)
@@ -96,30 +82,22 @@ def train(
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(atomic.locked(out))
-            folder.claim(out, folder.identity(model, text, config))
+        identity = folder.identity(model, text, config)
+        if accelerator.is_main_process:
+            folder.claim(out, identity, note)
             atomic.sweep(out)
             atomic.sweep(out / "checkpoints")
         accelerator.wait_for_everyone()
-        run = _Run(model, text, config, out, accelerator, note)
+        run = _Run(model, text, config, out, accelerator, note, identity)
         stack.callback(run.close)
         stack.enter_context(flushed())
         interrupt = stack.enter_context(Interrupt())
-        return run.loop(interrupt, progress)
-
-
-class LossModule(nn.Module):
-    """Mean cross-entropy (nats per byte) of windows ``[B, T + 1]``, as a module, for wrappers to see the whole step."""
-
-    def __init__(self, model: LanguageModel, compile: bool) -> None:
-        super().__init__()
-        self.model = model
-        self._calls = [model.compile() if compile else model]  # in a list: not registered a second time
-
-    def forward(self, windows: Tensor) -> Tensor:
-        """The scalar loss."""
-        logits, _ = self._calls[0](windows[:, :-1])
-        check_vocabulary(logits.shape[-1])
-        return cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
+        try:
+            return run.loop(interrupt, progress)
+        except KeyboardInterrupt:
+            last = f"the last checkpoint is of step {run.saved}" if run.saved >= 0 else "there is no checkpoint yet"
+            run.note(f"stopped at once, after step {run.step}; {last}")
+            raise
 
 
 def make_optimizer(model: LanguageModel, config: TrainConfig) -> torch.optim.AdamW:
@@ -143,22 +121,27 @@ class _Run:
         out: Path,
         accelerator: Accelerator,
         note: Callable[[str], None],
+        identity: dict[str, Any],
     ) -> None:
         self.model, self.text, self.config, self.out, self.accelerator = model, text, config, out, accelerator
+        self.identity = identity
         self.note = note if accelerator.is_main_process else lambda text: None
         model.to(accelerator.device)
         model.train()
         torch.manual_seed(config.seed)
         self.adamw = make_optimizer(model, config)
         self.step, self.seconds, self.speed, self.bits, self.saved = 0, 0.0, 0.0, None, -1
+        self.states: dict[str, Tensor] = {}
         found = checkpoint.newest(out, self.note)
+        lost = folder.loss(out, found)
         if found is not None:
             self._resume(found)
+        for line in lost:
+            self.note(f"note: {line}")
         self.module, self.optimizer = accelerator.prepare(LossModule(model, config.compile), self.adamw)
         self.rows = range(accelerator.process_index, config.batch, accelerator.num_processes)
         self.restart = restart_of(config.eval_restart, config.length, bool(model.summary().grows))
         self.log = RunLog(out, self.step) if accelerator.is_main_process else None
-        self._record_start()
 
     bits: float | None
 
@@ -166,6 +149,7 @@ class _Run:
         """Steps, validations and checkpoints until the end or a signal."""
         from tqdm import tqdm
 
+        self._record_start()
         main = self.accelerator.is_main_process
         with tqdm(total=self.config.steps, initial=self.step, unit="step", disable=not (progress and main)) as bar:
             stopped = 0
@@ -194,23 +178,31 @@ class _Run:
         """One optimizer step; the mean loss over all processes, in nats per byte."""
         started = time.perf_counter()
         windows = self.text.batch(self.config.seed, self.step, self.rows, self.config.length).to(self.accelerator.device)
+        self.states = checkpoint.random_tensors()
         rate = learning_rate(self.config, self.step)
         for group in self.adamw.param_groups:
             group["lr"] = rate
         loss = self.module(windows)
         mean = self.accelerator.reduce(loss.detach(), reduction="mean").item()
-        self._demand_finite("loss", mean, windows)
+        self._demand_finite("loss", mean, windows, self.step + 1)
         self.accelerator.backward(loss)
         norm = float(self.accelerator.clip_grad_norm_(self.module.parameters(), self.config.clip or math.inf))
-        self._demand_finite("gradient norm", norm, windows)
+        self._demand_finite("gradient norm", norm, windows, self.step + 1)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
+        if self._due(self.config.checkpoint_every):
+            self._demand_finite("weights after it", self._extent(), windows, self.step)
         elapsed = time.perf_counter() - started
         self.seconds += elapsed
         self.speed = self.config.batch * self.config.length / elapsed
         self._log("train", loss=mean, bits_per_byte=mean / math.log(2), lr=rate, grad_norm=norm, tokens_per_s=self.speed)
         return float(mean)
+
+    def _extent(self) -> float:
+        """A number that is finite where every weight is."""
+        parameters = [p.detach().flatten() for p in self.model.parameters()]
+        return float(torch.stack([(p - p).sum() for p in parameters]).sum())
 
     def _evaluate(self) -> None:
         """Validation on the main process, the others wait."""
@@ -223,20 +215,25 @@ class _Run:
             self.model.train()
             self.seconds += time.perf_counter() - started
             self._log("eval", bits_per_byte=self.bits, bytes=len(stretch), restart=self.restart)
+            if not math.isfinite(self.bits):
+                self.note(f"note: step {self.step}: the validation gives {self.bits}; training losses are finite")
         self.accelerator.wait_for_everyone()
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:
-            progress = {
-                "step": self.step,
-                "seconds": self.seconds,
-                "bits_per_byte": self.bits,
-                "config": self.config.plain(),
-            }
-            path = checkpoint.save_checkpoint(self.out, self.model, self.adamw, progress, self.config.keep)
+            path = checkpoint.save_checkpoint(self.out, self.model, self.adamw, self._progress(), self.config.keep)
             self._log("checkpoint", path=path.name)
         self.saved = self.step
         self.accelerator.wait_for_everyone()
+
+    def _progress(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "bits_per_byte": self.bits,
+            "config": self.config.plain(),
+            "identity": self.identity,
+        }
 
     def _resume(self, found: checkpoint.Checkpoint) -> None:
         checkpoint.restore(found, self.model, self.adamw)
@@ -276,12 +273,26 @@ class _Run:
         seen = torch.tensor([interrupt.signal], device=self.accelerator.device)
         return int(self.accelerator.gather(seen).max())
 
-    def _demand_finite(self, what: str, value: float, windows: Tensor) -> None:
+    def _demand_finite(self, what: str, value: float, windows: Tensor, step: int) -> None:
         if math.isfinite(value):
             return
-        path = self.out / f"nonfinite-step-{self.step + 1:08d}-rank-{self.accelerator.process_index}.safetensors"
-        atomic.write_file(path, save({"windows": windows.cpu()}))
-        raise NonFiniteError(what, value, self.step + 1, path)
+        every = self.accelerator.gather(windows)
+        if not self.accelerator.is_main_process:
+            self.accelerator.wait_for_everyone()
+            raise TitansGraphError(f"step {step}: the {what} is {value}")
+        report = {
+            "step": step,
+            "what": what,
+            "value": value,
+            "precision": self.accelerator.mixed_precision,
+            "processes": self.accelerator.num_processes,
+            **_versions(self.accelerator.device),
+        }
+        self.adamw.zero_grad()
+        files = checkpoint.contents(self.model, self.adamw, self._progress(), self.states)
+        error = replay.keep(self.out, self.model, files, every, report, self.accelerator.autocast)
+        self.accelerator.wait_for_everyone()
+        raise error
 
 
 def _accelerator(config: TrainConfig) -> Accelerator:

@@ -22,7 +22,7 @@ from titans_graph.tasks.text import Text
 from titans_graph.training import atomic
 from titans_graph.training.config import TrainConfig
 from titans_graph.training.interface import LanguageModel
-from titans_graph.training.loop import LossModule
+from titans_graph.training.objective import LossModule
 
 FILE = "plan.json"
 FEWEST = 10
