@@ -90,7 +90,8 @@ def _dumped(values: tuple[Any, ...]) -> tuple[bytes, ...]:
 @functools.cache
 def specs() -> tuple[bytes, ...]:
     """Spec files."""
-    return tuple(s.encode() for s in (WIDE, MERGED, LOOP)) + tuple(find(name).read_bytes() for name in shipped())
+    small = tuple(s.encode() for s in (WIDE, MERGED, LOOP))
+    return small * 4 + tuple(find(name).read_bytes() for name in shipped())
 
 
 @functools.cache

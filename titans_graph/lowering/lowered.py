@@ -7,9 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import fx, nn
 
+from titans_graph.errors import UsageError, shortened
 from titans_graph.lowering.code import input_names, local_name, lower
+from titans_graph.lowering.demand import demand
 from titans_graph.passes import Compilation, Pass, Region
 
 
@@ -31,12 +34,13 @@ class Code:
 @dataclass(frozen=True)
 class Lowered:
     """The result of lowering: ``modules`` is the tree of components, ``codes`` the functions by key, ``whole`` and
-    ``token`` the key of each region of the two programs, in order."""
+    ``token`` the key of each region of the two programs, in order; ``row`` the bytes of state of one row."""
 
     modules: nn.Module
     codes: Mapping[str, Code]
     whole: tuple[str, ...]
     token: tuple[str, ...]
+    row: int = 0
 
     def text(self) -> str:
         """All generated functions, each with the regions it serves."""
@@ -70,12 +74,13 @@ class Lower(Pass):
         """Fill ``lowered``."""
         assert c.whole is not None
         assert c.token is not None
+        row = _check_size(c)
         modules = build_modules(c)
         codes: dict[str, Code] = {}
         keys: dict[str, str] = {}
         whole = tuple(_code(c, r, modules, codes, keys) for r in c.whole.regions)
         token = tuple(_code(c, r, modules, codes, keys) for r in c.token.regions)
-        return replace(c, lowered=Lowered(modules, codes, whole, token))
+        return replace(c, lowered=Lowered(modules, codes, whole, token, row))
 
     def check_after(self, c: Compilation) -> None:
         """Every region has a function."""
@@ -88,16 +93,42 @@ class Lower(Pass):
 def build_modules(c: Compilation) -> Holder:
     """The components as a tree of modules that follows the paths (``layers.0.memory``), in order of declaration."""
     root = Holder()
-    for name, node in c.nodes.items():
+    for name in c.nodes:
         *path, last = name.split(".")
         level: nn.Module = root
         for part in path:
             if part not in level._modules:
                 level.add_module(part, Holder())
             level = level.get_submodule(part)
-        component = node.component(c.sites[name])  # type: ignore[call-arg]
-        level.add_module(last, component)  # type: ignore[arg-type]
+        level.add_module(last, _component(c, name))
     return root
+
+
+def _component(c: Compilation, name: str) -> nn.Module:
+    """The component of a node; UsageError where torch cannot make its tensors."""
+    node = c.nodes[name]
+    try:
+        return node.component(c.sites[name])  # type: ignore[call-arg, return-value]
+    except (RuntimeError, MemoryError, OverflowError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(
+            f"node {node.declared!r}: {node.use} of this size cannot be made ({shortened(reason, 200)})"
+        ) from error
+
+
+def _check_size(c: Compilation) -> int:
+    """The bytes of state of one row; UsageError where they, or the parameters, are more than the machine has.
+
+    Everything is made once without memory, on torch's device ``meta``: a few milliseconds, whatever the sizes.
+    """
+    parameters = row = 0
+    with torch.device("meta"), torch.no_grad():
+        for name in c.nodes:
+            module: Any = _component(c, name)
+            parameters += sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+            row += sum(t.nbytes for t in module.initial_state(1).values()) if c.nodes[name].component.stateful else 0
+            demand(max(parameters, row), f"the model {c.graph.name!r:.100} up to node {c.nodes[name].declared!r:.100}")
+    return row
 
 
 def _code(c: Compilation, region: Region, modules: Holder, codes: dict[str, Code], keys: dict[str, str]) -> str:

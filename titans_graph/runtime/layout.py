@@ -11,11 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from titans_graph.lowering.demand import demand
 from titans_graph.shapes import Clock
 
 SMALLEST_ROOM = 16
 # A grid of one chunk would be compiled apart (torch specialises on sizes 0 and 1).
 LEAST_PERIODS = 2
+_SLOT = 5 * 8
+"""Bytes of the layout for one slot, at least."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,16 @@ def room_for(position: Tensor) -> int:
     return max(SMALLEST_ROOM, 1 << max(0, longest - 1).bit_length())
 
 
-def token_layout(position: Tensor, document: Tensor, ids: Tensor | None) -> Layout:
-    """The layout of a call of one token a row: position, document ``[B]``, ids ``[B, 1]`` or None."""
+def _room(position: Tensor, grows: bool) -> Tensor:
+    """``0..R-1`` for the capacity R of growing caches; nobody reads it where none grows, however long the documents."""
+    return torch.arange(room_for(position) if grows else SMALLEST_ROOM)
+
+
+def token_layout(position: Tensor, document: Tensor, ids: Tensor | None, *, grows: bool = True) -> Layout:
+    """The layout of a call of one token a row: position, document ``[B]``, ids ``[B, 1]`` or None.
+
+    grows: whether the model has caches that grow, and ``room`` is as long as the longest document.
+    """
     if ids is not None:
         position = torch.where(_seams(ids, position, document)[:, 0], 0, position)
         document = ids[:, -1].clone()
@@ -75,16 +86,18 @@ def token_layout(position: Tensor, document: Tensor, ids: Tensor | None) -> Layo
         position=position[:, None],
         lead=torch.zeros(rows, dtype=torch.int64),
         end=torch.ones(rows, dtype=torch.int64),
-        room=torch.arange(room_for(after)),
+        room=_room(after, grows),
     )
     return Layout(clock, None, None, after, document, 1)
 
 
-def grid_layout(position: Tensor, document: Tensor, ids: Tensor | None, tokens: int, period: int) -> Layout:
+def grid_layout(
+    position: Tensor, document: Tensor, ids: Tensor | None, tokens: int, period: int, *, grows: bool = True
+) -> Layout:
     """The layout of a call of several tokens a row.
 
     position, document ``[B]`` int64 (state before the call), ids ``[B, T]`` or None (all tokens continue the row's
-    document), tokens ``T``, period in slots.
+    document), tokens ``T``, period in slots, grows as in :func:`token_layout`.
     """
     rows = position.shape[0]
     seams = _seams(ids, position, document) if ids is not None else torch.zeros(rows, tokens, dtype=torch.bool)
@@ -92,21 +105,20 @@ def grid_layout(position: Tensor, document: Tensor, ids: Tensor | None, tokens: 
     padded = (phase + length + period - 1) // period * period
     start = padded.cumsum(1) - padded
     grid = max([LEAST_PERIODS * period, *padded.sum(1).tolist()])
+    demand(
+        rows * grid * _SLOT, f"a call of {rows} rows on a grid of {grid} slots", "a smaller segment or chunk, fewer documents"
+    )
     t = torch.arange(tokens)
     slot = start.gather(1, run) + phase.gather(1, run) + t - first.gather(1, run)
     g = torch.arange(grid)
-    of = (
-        (start[:, None, :] <= g[None, :, None]).sum(-1) - 1
-        if start.shape[1] > 1
-        else torch.zeros(rows, grid, dtype=torch.int64)
-    )
+    of = torch.searchsorted(start, g.expand(rows, grid).contiguous(), right=True) - 1
     within = g - start.gather(1, of) - phase.gather(1, of)
     valid = (within >= 0) & (within < length.gather(1, of))
     index = (first.gather(1, of) + within).clamp(0, tokens - 1)
     lead = phase[:, 0]
     last = slot[:, -1]
     final = base.gather(1, run)[:, -1] + tokens - first.gather(1, run)[:, -1]
-    clock = Clock(valid, within + base.gather(1, of), lead, last + 1, torch.arange(room_for(final)))
+    clock = Clock(valid, within + base.gather(1, of), lead, last + 1, _room(final, grows))
     same = grid == tokens and bool(valid.all())
     after = ids[:, -1].clone() if ids is not None else document
     return Layout(clock, None if same else index, None if same else slot, final, after, max([1, *(last + 1).tolist()]))

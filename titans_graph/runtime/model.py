@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from titans_graph.errors import InputError, StateError
+from titans_graph.errors import InputError, StateError, UsageError
 from titans_graph.ir import Graph
 from titans_graph.lowering import Holder, Lowered
+from titans_graph.lowering.demand import demand
 from titans_graph.passes import Compilation
 from titans_graph.runtime.layout import Layout, grid_layout, room_for, token_layout
 from titans_graph.runtime.runner import Driver, Eager, Runner
@@ -93,7 +94,11 @@ class Model(nn.Module):
             return {n: self._part(n, batch) for n in self._stateful()}
 
     def initial_state(self, batch: int) -> State:
-        """The state of ``batch`` rows before their first token."""
+        """The state of ``batch`` rows before their first token; UsageError where no machine has room for so many."""
+        if type(batch) is not int or batch < 0:
+            raise UsageError(f"a state has a number of rows, 0 or more, not {batch!r:.60}")
+        if self.device.type == "cpu":
+            demand(batch * self.compilation.lowered.row, f"the state of {batch} rows", "fewer rows, or a smaller model")
         position = torch.zeros(batch, dtype=torch.int64)
         return State(position, torch.full((batch,), -1), self._fresh(batch), self.fingerprint, self._fresh)
 
@@ -140,12 +145,12 @@ class Model(nn.Module):
         return self._result(outputs), state
 
     def _layout(self, x: Tensor, state: State, document: Tensor | None) -> Layout:
-        tokens = x.shape[1]
+        tokens, grows = x.shape[1], bool(self.growing)
         ids = document.to("cpu", torch.int64) if document is not None else None
         if tokens == 1 and self._runner.single_tokens():
-            layout = token_layout(state.position, state.document, ids)
+            layout = token_layout(state.position, state.document, ids, grows=grows)
         else:
-            layout = grid_layout(state.position, state.document, ids, tokens, self.compilation.period)
+            layout = grid_layout(state.position, state.document, ids, tokens, self.compilation.period, grows=grows)
         return layout.to(x.device)
 
     def _with_room(self, nodes: Mapping[str, Mapping[str, Tensor]], layout: Layout) -> Mapping[str, Mapping[str, Tensor]]:
@@ -165,8 +170,7 @@ class Model(nn.Module):
 
     def _check_input(self, x: Tensor, document: Tensor | None) -> None:
         ((name, kind),) = self.compilation.inputs.items()
-        if not isinstance(x, Tensor):
-            raise InputError(f"input {name!r} must be a tensor {kind.text()}, got {type(x).__name__}")
+        _check_plain(f"input {name!r}", x, kind.text())
         if kind.dim is None:
             self._check_ids(name, x)
         elif x.dim() != 3 or x.shape[2] != kind.dim or not x.is_floating_point():
@@ -177,7 +181,7 @@ class Model(nn.Module):
         if reference is not None and kind.dim is not None and x.dtype != reference.dtype and not _autocast(x):
             raise InputError(f"input {name!r} is {x.dtype}, the model {reference.dtype}; convert one of them")
         if document is not None:
-            self._check_document(x, document)
+            _check_document(x, document)
 
     def _check_ids(self, name: str, x: Tensor) -> None:
         if x.dim() != 2 or x.dtype not in (torch.int64, torch.int32):
@@ -193,13 +197,6 @@ class Model(nn.Module):
         sizes = [c.sites[n].parameters.vocab for n, node in c.nodes.items() if node.use == "embedding"]
         return min(sizes) if sizes else None
 
-    @staticmethod
-    def _check_document(x: Tensor, document: Tensor) -> None:
-        if document.shape != x.shape[:2] or document.is_floating_point() or document.dtype == torch.bool:
-            raise InputError(f"document must be ids {list(x.shape[:2])} int64, got {list(document.shape)} {document.dtype}")
-        if document.numel() and int(document.min()) < 0:
-            raise InputError("document ids must be 0 or more")
-
     def _check_state(self, x: Tensor, state: State | None) -> State:
         if state is None:
             return self.initial_state(x.shape[0])
@@ -209,7 +206,25 @@ class Model(nn.Module):
             raise StateError(f"this state belongs to another spec than {self.name!r}")
         if state.batch != x.shape[0]:
             raise StateError(f"the state has {state.batch} rows, the input {x.shape[0]}; use state.reorder(rows)")
+        self._check_tensors(x, state)
         return state
+
+    def _check_tensors(self, x: Tensor, state: State) -> None:
+        """What a state holds is of the model's type and device: :meth:`State.map` may have changed that."""
+        clock = (state.position, state.document)
+        if any(t.dtype != torch.int64 or t.device.type != "cpu" or t.shape != (x.shape[0],) for t in clock):
+            raise StateError("position and document of a state are int64 [B] on the CPU; move and convert state.nodes alone")
+        reference = next(self.parameters(), None)
+        if reference is None:
+            return
+        for node, tensors in state.nodes.items():
+            for key, t in tensors.items():
+                same = t.dtype == reference.dtype or not t.is_floating_point() or _autocast(x)
+                if t.device != reference.device or not same:
+                    raise StateError(
+                        f"{key} of {node!r} is {t.dtype} on {t.device}, the model {reference.dtype} on {reference.device}; "
+                        "make the state after model.to(...), or convert it with state.map"
+                    )
 
     def compile(self, **options: Any) -> Compiled:  # type: ignore[override]
         """A model that shares these parameters and runs regions through ``torch.compile`` (every region fullgraph).
@@ -248,6 +263,24 @@ class Compiled(Model):
         from titans_graph.runtime.compiled import warm_up
 
         return warm_up(self, batch, training)
+
+
+def _check_plain(what: str, x: object, wanted: str) -> None:
+    """A plain dense tensor, whose shape and type can be asked for."""
+    if not isinstance(x, Tensor):
+        raise InputError(f"{what} must be a tensor {wanted}, got {type(x).__name__}")
+    if x.layout is not torch.strided or x.is_nested:
+        raise InputError(f"{what} must be a dense tensor {wanted}, got one of layout {x.layout}")
+
+
+def _check_document(x: Tensor, document: Tensor) -> None:
+    _check_plain("document", document, f"{list(x.shape[:2])} int64")
+    if document.shape != x.shape[:2] or document.dtype not in (torch.int64, torch.int32):
+        raise InputError(f"document must be ids {list(x.shape[:2])} int64, got {list(document.shape)} {document.dtype}")
+    if document.device.type == "meta":
+        raise InputError("document is on meta, and its ids are read to lay the tokens out; give one with data")
+    if document.numel() and int(document.min()) < 0:
+        raise InputError("document ids must be 0 or more")
 
 
 def _grow(cache: Tensor, room: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,17 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils._pytree as pytree
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from titans_graph.errors import StateError
+from titans_graph.runtime import files
 
 if TYPE_CHECKING:
     from titans_graph.runtime.model import Model
 
-FORMAT = 1
-LARGEST_FILE = 1 << 40
+FORMAT = 2
+"""2: with a checksum."""
+FURTHEST = 1 << 62
+"""The largest position a row can have: more could not be counted on."""
 
 
 @dataclass(frozen=True)
@@ -87,27 +87,19 @@ class State:
         return State(position, document, nodes, self.fingerprint, self.fresh)
 
     def _rows(self, rows: Sequence[int] | Tensor) -> Tensor:
-        index = torch.as_tensor(rows)
-        if index.dtype == torch.bool:
-            index = index.nonzero()[:, 0]
-        index = index.to("cpu", torch.int64).reshape(-1)
+        index = _indices(rows, self.batch)
         if index.numel() and (int(index.min()) < 0 or int(index.max()) >= self.batch):
             raise StateError(f"rows {index.tolist()} are not all in 0..{self.batch - 1}")
         return index
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the state as safetensors, atomically (a reader never sees half a file)."""
+        """Write the state as safetensors with a checksum, atomically (a reader never sees half a file)."""
         path = Path(path)
         tensors = {k: t.detach().cpu().contiguous().clone() for k, t in self._tensors().items()}
-        metadata = {"titans_graph": json.dumps({"format": FORMAT, "kind": "state", "fingerprint": self.fingerprint})}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            save_file(tensors, temporary, metadata)
-            os.replace(temporary, path)
+            files.write(path, tensors, {"format": FORMAT, "kind": "state", "fingerprint": self.fingerprint})
         except OSError as error:
             raise StateError(f"cannot write state to {path}: {error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @staticmethod
     def load(model: Model, path: str | os.PathLike[str]) -> State:
@@ -115,13 +107,33 @@ class State:
 
         StateError where the file is missing, damaged, or of another spec; nothing is ever unpickled.
         """
-        tensors, found = _read(Path(path))
-        if found.get("fingerprint") != model.fingerprint:
+        path = Path(path)
+        tensors, about = files.read(path, "state", StateError)
+        if about.get("kind") != "state":
+            raise StateError(f"{path} is a safetensors file, but not a state written by State.save")
+        if about.get("format") != FORMAT or "sha256" not in about:
+            raise StateError(f"{path} has state format {about.get('format')!r:.20}, this version reads {FORMAT}")
+        if about.get("fingerprint") != model.fingerprint:
             raise StateError(
-                f"{path} holds the state of another spec (fingerprint {str(found.get('fingerprint'))[:12]}), "
-                f"this model has {model.fingerprint[:12]}; load it with the model that made it"
+                f"{path} holds the state of another spec (fingerprint {str(about.get('fingerprint'))[:12]!r}), "
+                f"this model has {model.fingerprint[:12]!r}; load it with the model that made it"
             )
         return _assemble(model, tensors, path)
+
+
+def _indices(rows: Sequence[int] | Tensor, batch: int) -> Tensor:
+    """Rows by index, or by a mask ``[B]``, as indices on the CPU."""
+    try:
+        index = torch.as_tensor(rows)
+        index = index if index.numel() or index.dtype == torch.bool else index.to(torch.int64)
+        index = index.to("cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise StateError(f"rows must be whole numbers, or a mask of {batch}, got {rows!r:.100}") from error
+    if index.dtype == torch.bool and index.shape == (batch,):
+        return index.nonzero()[:, 0]
+    if index.dim() > 1 or index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        raise StateError(f"rows must be whole numbers, or a mask of {batch}, got {list(index.shape)} {index.dtype}")
+    return index.to(torch.int64).reshape(-1)
 
 
 def _where_rows(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
@@ -131,44 +143,44 @@ def _where_rows(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(mask, new, old)
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
-    """Tensors and metadata of a state file; StateError for anything that is not one."""
-    try:
-        if path.stat().st_size > LARGEST_FILE:
-            raise StateError(f"{path} is too large to be a state")
-        with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("titans_graph", "{}"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    except OSError as error:
-        raise StateError(f"cannot read state {path}: {error}") from error
-    except (SafetensorError, ValueError, TypeError, MemoryError) as error:
-        raise StateError(f"{path} is damaged or not a state file (safetensors): {error}") from error
-    if not isinstance(metadata, dict) or metadata.get("kind") != "state":
-        raise StateError(f"{path} is a safetensors file, but not a state written by State.save")
-    if metadata.get("format") != FORMAT:
-        raise StateError(f"{path} has state format {metadata.get('format')}, this version reads {FORMAT}")
-    return tensors, metadata
+def _assemble(model: Model, tensors: dict[str, Tensor], path: Path) -> State:
+    """Put tensors in place, checking every name, type and shape against the state of one fresh row.
 
-
-def _assemble(model: Model, tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> State:
-    """Put tensors in place, checking every name, shape and type against a fresh state."""
+    One row, because the file says how many there are: nothing is made for that number before the file holds as many.
+    """
     position, document = tensors.get("position"), tensors.get("document")
     if position is None or document is None or position.dim() != 1 or position.dtype != torch.int64:
         raise StateError(f"{path} is damaged: position or document is missing")
-    expected = model.initial_state(position.shape[0])
-    wanted = expected._tensors()
-    if set(wanted) != set(tensors):
-        odd = sorted(set(wanted) ^ set(tensors))
-        raise StateError(f"{path} does not hold this model's state: {', '.join(odd[:5])}")
-    for key, want in wanted.items():
-        got = tensors[key]
-        grown = key in model.growing and got.dim() == want.dim() and got.shape[2:] == want.shape[2:]
-        if got.dtype != want.dtype or not (got.shape == want.shape or (grown and got.shape[0] == want.shape[0])):
-            raise StateError(f"{path}: {key} is {list(got.shape)} {got.dtype}, expected {list(want.shape)} {want.dtype}")
-    if bool((position < 0).any()):
-        raise StateError(f"{path} is damaged: a negative position")
-    nodes = {n: {k: tensors[f"nodes/{n}/{k}"].to(t.device) for k, t in ts.items()} for n, ts in expected.nodes.items()}
-    return State(position, document, nodes, model.fingerprint, expected.fresh)
+    batch, one = position.shape[0], model.initial_state(1)
+    rows = {k: t.shape[0] if t.dim() else "no" for k, t in tensors.items()}
+    odd = next((k for k, n in rows.items() if n != batch), None)
+    if odd is not None:
+        raise StateError(f"{path} is damaged: {odd!r:.100} has {rows[odd]} rows, position has {batch}")
+    found = {k: t[:1] for k, t in tensors.items()}
+    wanted = {k: t[:batch] for k, t in one._tensors().items()}
+    for key in model.growing & found.keys():
+        wanted[key], found[key] = _same_capacity(wanted[key], found[key])
+    wrong = files.misfit(wanted, found) or _misplaced(position, document, [tensors[k] for k in model.growing])
+    if wrong:
+        raise StateError(f"{path} does not hold this model's state: {wrong}")
+    position, document = (files.copied(t, torch.device("cpu")) for t in (position, document))
+    nodes = {n: {k: files.copied(tensors[f"nodes/{n}/{k}"], t.device) for k, t in ts.items()} for n, ts in one.nodes.items()}
+    return State(position, document, nodes, model.fingerprint, one.fresh)
+
+
+def _same_capacity(wanted: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+    """Both without the tokens of a cache that grows: how many it holds is a matter of its own."""
+    return wanted[:, :0], found[:, :0] if found.dim() > 1 else found
+
+
+def _misplaced(position: Tensor, document: Tensor, growing: Sequence[Tensor]) -> str:
+    """What is wrong with where the rows stand; an empty string where nothing is."""
+    if bool((position < 0).any()) or bool((position > FURTHEST).any()) or bool((document < -1).any()):
+        return "a position or document that no row can have"
+    longest = int(position.max()) if position.numel() else 0
+    if any(t.shape[1] < longest for t in growing):
+        return f"a cache of fewer than the {longest} tokens that were read"
+    return ""
 
 
 def _flatten(state: State) -> tuple[list[object], tuple[object, ...]]:
