@@ -14,7 +14,7 @@ from random import Random
 from types import FrameType
 from typing import Any
 
-from tests.fuzz import contracts, mutate, seeds
+from tests.fuzz import contracts, files, mutate, seeds
 
 Draw = Callable[[Random], bytes]
 
@@ -44,6 +44,11 @@ TARGETS = {
         Target("network", _texts(seeds.networks), contracts.network),
         Target("objective", _texts(seeds.objectives), contracts.objective),
         Target("setting", _texts(seeds.networks), contracts.setting),
+        Target("state", files.draw_state, files.state),
+        Target("weights", files.draw_weights, files.weights),
+        Target("optimizer", files.draw_optimizer, files.optimizer),
+        Target("progress", files.draw_progress, files.progress),
+        Target("manifest", files.draw_manifest, files.manifest),
     )
 }
 

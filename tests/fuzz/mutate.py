@@ -202,7 +202,8 @@ def _positions(tree: Any, found: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]
     return found
 
 
-def _tree_change(draw: Random, tree: Any, donor: Any) -> None:
+def change(draw: Random, tree: Any, donor: Any) -> None:
+    """One value of a tree moved, renamed, replaced or taken out."""
     places, kind = _positions(tree, []), draw.randrange(7)
     if not places:
         return
@@ -242,7 +243,7 @@ def tree(draw: Random, data: bytes, seeds: Sequence[bytes]) -> bytes:
     if not isinstance(grown, dict | list):
         grown = [grown]
     for _ in range(draw.choice((1, 1, 2, 3, 5))):
-        _tree_change(draw, grown, _loaded(draw.choice(seeds)))
+        change(draw, grown, _loaded(draw.choice(seeds)))
     try:
         return json.dumps(grown, indent=draw.choice((None, 1)), ensure_ascii=draw.random() < 0.5).encode("utf-8", "replace")
     except (ValueError, TypeError, RecursionError):

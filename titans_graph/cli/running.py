@@ -85,7 +85,7 @@ def run_eval(options: argparse.Namespace) -> int:
     from titans_graph.training.evaluate import bits_per_byte, restart_of
 
     model, checkpoint = _trained(options.checkpoint)
-    config = TrainConfig.from_plain(checkpoint.progress["config"])
+    config = TrainConfig.from_plain(checkpoint.value("config"))
     data = text.load(options.data)
     print(data.report, file=sys.stderr)
     stretch = data.stretch(options.bytes)

@@ -40,12 +40,12 @@ def read(path: Path, what: str, error: type[TitansGraphError]) -> tuple[dict[str
         with safe_open(path, framework="pt") as file:
             about = _about((file.metadata() or {}).get(_KEY, "{}"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-        checksum = about.get("sha256")
-        if checksum is not None and checksum != _checksum(path, 8 + header):
+        claimed = about.get("sha256")
+        if claimed is not None and claimed != checksum(path, 8 + header):
             raise ValueError("its content does not match its checksum")
     except OSError as problem:
         raise error(f"cannot read {what} {path}: {problem.strerror or problem}") from problem
-    except (SafetensorError, ValueError, TypeError, RuntimeError, MemoryError, RecursionError) as problem:
+    except (SafetensorError, ValueError, RuntimeError, MemoryError, RecursionError) as problem:
         reason = shortened(str(problem), 300)
         raise error(f"{path} is damaged or not a {what} file (safetensors): {reason!r}") from problem
     return tensors, about
@@ -94,8 +94,11 @@ def _about(text: str) -> dict[str, Any]:
     return found
 
 
-def _checksum(path: Path, start: int) -> str:
-    """Of everything after the header, whose own damage shows as names, types or shapes that do not fit."""
+def checksum(path: Path, start: int = 0) -> str:
+    """SHA-256 of a file from a byte on, without holding it in memory.
+
+    That of a tensor file begins after the header, whose own damage shows as names, types or shapes that do not fit.
+    """
     found = hashlib.sha256()
     with path.open("rb") as file:
         file.seek(start)
@@ -110,7 +113,7 @@ def _stamp(path: Path) -> None:
         length = int.from_bytes(file.read(8), "little")
         at = 8 + file.read(length).index(_UNKNOWN.encode())
         file.seek(at)
-        file.write(_checksum(path, 8 + length).encode())
+        file.write(checksum(path, 8 + length).encode())
 
 
 def copied(tensor: Tensor, device: torch.device) -> Tensor:

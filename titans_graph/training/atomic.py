@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -19,8 +20,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from titans_graph.errors import CheckpointError
+from titans_graph.runtime import files
+from titans_graph.training import reading
 
 MANIFEST = "manifest.json"
+_PLAIN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
+"""Names of files in a folder: nothing that leads out of it."""
 _TEMPORARY = ".new-"
 _RETIRED = ".old-"
 
@@ -92,14 +97,16 @@ def write_file(path: Path, content: bytes) -> None:
 def damage(folder: Path) -> str:
     """What is wrong with a folder written by :func:`write_folder`; empty when every byte is as written."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        manifest = reading.json_of(folder / MANIFEST)
         for name, entry in manifest.items():
             path = folder / name
+            if not _PLAIN.fullmatch(name):
+                return f"{MANIFEST} names {name!r:.100}, which is not a file of this folder"
             if not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != entry["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-            if _hash(path.read_bytes()) != entry["sha256"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']!r:.40}"
+            if files.checksum(path) != entry["sha256"]:
                 return f"{name} does not match its checksum"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"

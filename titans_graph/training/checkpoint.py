@@ -26,15 +26,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from titans_graph.errors import CheckpointError
-from titans_graph.training import atomic
+from titans_graph.runtime import files
+from titans_graph.training import atomic, reading
 from titans_graph.training.interface import Build, LanguageModel
 
 WEIGHTS, OPTIMIZER, PROGRESS, SPEC = "weights.safetensors", "optimizer.safetensors", "progress.json", "spec.yaml"
-_RANDOM = "random/"
 
 Note = Callable[[str], None]
 
@@ -53,7 +53,13 @@ class Checkpoint:
 
     def weights(self) -> dict[str, Tensor]:
         """Parameters and buffers by name, on the CPU."""
-        return load_file(self.path / WEIGHTS)
+        return files.read(self.path / WEIGHTS, "weights", CheckpointError)[0]
+
+    def value(self, key: str) -> Any:
+        """What the run noted under a key; CheckpointError where it did not."""
+        if key not in self.progress:
+            raise CheckpointError(f"{self.path / PROGRESS}: {key!r} is missing")
+        return self.progress[key]
 
     def model(self, build: Build) -> LanguageModel:
         """The model, built from the spec in the checkpoint, with its trained weights."""
@@ -64,8 +70,9 @@ class Checkpoint:
 
 def load_weights(model: LanguageModel, checkpoint: Checkpoint) -> None:
     """Put a checkpoint's weights into a model; CheckpointError where they do not fit."""
+    found = reading.weights(checkpoint.path / WEIGHTS, model.state_dict(), model.name)
     try:
-        model.load_state_dict(checkpoint.weights())
+        model.load_state_dict(found)
     except RuntimeError as error:
         raise CheckpointError(f"{checkpoint.path}: the weights do not fit the model {model.name!r}: {error}") from error
 
@@ -145,34 +152,21 @@ def find(path: str | Path, note: Note) -> Checkpoint:
 def restore(checkpoint: Checkpoint, model: LanguageModel, optimizer: torch.optim.Optimizer) -> None:
     """Put weights, optimizer moments and random states back, so that the next step is the one that would have come."""
     load_weights(model, checkpoint)
-    saved = load_file(checkpoint.path / OPTIMIZER)
+    moments, _ = reading.optimizer(checkpoint.path / OPTIMIZER, model.named_parameters())
     for name, parameter in model.named_parameters():
-        moments = {key.rpartition("/")[2]: value for key, value in saved.items() if key.startswith(name + "/")}
-        if moments:
-            optimizer.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()
-            }
-    restore_random(checkpoint)
+        if name in moments:
+            optimizer.state[parameter] = moments[name]
+    restore_random(checkpoint, model)
 
 
-def restore_random(checkpoint: Checkpoint) -> None:
+def restore_random(checkpoint: Checkpoint, model: LanguageModel) -> None:
     """Put torch's, Python's and NumPy's random states back."""
-    saved, plain = load_file(checkpoint.path / OPTIMIZER), checkpoint.progress["random"]
-    torch.set_rng_state(saved[f"{_RANDOM}cpu"])
-    for i in range(torch.cuda.device_count()):
-        if f"{_RANDOM}cuda{i}" in saved:
-            torch.cuda.set_rng_state(saved[f"{_RANDOM}cuda{i}"], i)
-    version, internal, gauss = plain["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, position, has_gauss, cached = plain["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    _, states = reading.optimizer(checkpoint.path / OPTIMIZER, model.named_parameters())
+    reading.set_random(checkpoint.path, states, checkpoint.value("random"))
 
 
 def _read(folder: Path) -> Checkpoint:
-    try:
-        return Checkpoint(folder, json.loads((folder / PROGRESS).read_bytes()))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: no training checkpoint ({error})") from error
+    return Checkpoint(folder, reading.progress(folder / PROGRESS))
 
 
 def _folder(run: Path) -> Path:
@@ -211,9 +205,9 @@ def _optimizer_tensors(model: LanguageModel, optimizer: torch.optim.Optimizer) -
 
 def random_tensors() -> dict[str, Tensor]:
     """Torch's random states by name."""
-    states = {f"{_RANDOM}cpu": torch.get_rng_state()}
+    states = {f"{reading.RANDOM}cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        states |= {f"{_RANDOM}cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+        states |= {f"{reading.RANDOM}cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
     return states
 
 

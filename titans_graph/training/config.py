@@ -120,13 +120,13 @@ class TrainConfig:
 def _check(field: dataclasses.Field[Any], value: Any) -> None:
     minimum, choices = field.metadata["minimum"], field.metadata["choices"]
     if choices and value not in choices:
-        raise UsageError(f"{field.name}: {value!r} is none of {', '.join(choices)}")
+        raise UsageError(f"{field.name}: {value!r:.60} is none of {', '.join(choices)}")
     if minimum is None:
         return
     if isinstance(value, bool) or not isinstance(value, int if isinstance(field.default, int) else (int, float)):
-        raise UsageError(f"{field.name}: expected a number ({field.metadata['doc']}), got {value!r}")
-    if not (math.isfinite(value) and value >= minimum):
-        raise UsageError(f"{field.name}: {value!r} is out of range, at least {minimum} ({field.metadata['doc']})")
+        raise UsageError(f"{field.name}: expected a number ({field.metadata['doc']}), got {value!r:.60}")
+    if not minimum <= value < 1e300:
+        raise UsageError(f"{field.name}: {value!r:.60} is out of range, at least {minimum} ({field.metadata['doc']})")
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

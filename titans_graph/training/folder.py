@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 
 from titans_graph.errors import CheckpointError
 from titans_graph.tasks.text import Text
-from titans_graph.training import atomic, checkpoint, logs
+from titans_graph.training import atomic, checkpoint, logs, reading
 from titans_graph.training.config import TrainConfig
 from titans_graph.training.interface import LanguageModel
 
@@ -114,7 +114,7 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 def _read(run: Path) -> tuple[dict[str, Any] | None, str]:
     """What ``run.json`` says, or what is wrong with it (empty where there is none)."""
     try:
-        content = json.loads((run / FILE).read_bytes())
+        content = reading.json_of(run / FILE)
     except FileNotFoundError:
         return None, ""
     except (OSError, ValueError) as error:

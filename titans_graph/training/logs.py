@@ -84,7 +84,7 @@ def _record(line: bytes) -> dict[str, Any] | None:
     """A line as a record; None for what is none."""
     try:
         found = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     whole = isinstance(found, dict) and isinstance(found.get("step"), int) and isinstance(found.get("kind"), str)
     return found if whole else None

@@ -238,7 +238,7 @@ class _Run:
     def _resume(self, found: checkpoint.Checkpoint) -> None:
         checkpoint.restore(found, self.model, self.adamw)
         self.step = self.saved = found.step
-        self.seconds, self.bits = found.progress["seconds"], found.progress["bits_per_byte"]
+        self.seconds, self.bits = found.value("seconds"), found.value("bits_per_byte")
         if self.accelerator.is_main_process:
             checkpoint.prune(self.out, self.step, self.config.keep)
         self.note(f"{self.out}: going on from step {self.step} of {self.config.steps} ({found.path.name})")

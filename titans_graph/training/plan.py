@@ -19,7 +19,7 @@ import torch
 from titans_graph.errors import CheckpointError
 from titans_graph.runtime.denormals import flushed
 from titans_graph.tasks.text import Text
-from titans_graph.training import atomic
+from titans_graph.training import atomic, reading
 from titans_graph.training.config import TrainConfig
 from titans_graph.training.interface import LanguageModel
 from titans_graph.training.objective import LossModule
@@ -75,9 +75,9 @@ def threads(number: int) -> Iterator[None]:
 
 def _read(path: Path) -> Plan:
     try:
-        found = Plan(**json.loads(path.read_text()))
+        found = Plan(**reading.json_of(path))
         return Plan(int(found.steps), int(found.threads), found.seconds)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error})\n  help: choose another --out, or --fresh") from error
 
 

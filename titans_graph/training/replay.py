@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from titans_graph.errors import CheckpointError, TitansGraphError
+from titans_graph.runtime import files
 from titans_graph.runtime.denormals import flushed
-from titans_graph.training import atomic, checkpoint
+from titans_graph.training import atomic, checkpoint, reading
 from titans_graph.training.config import TrainConfig
 from titans_graph.training.interface import Build, LanguageModel
 from titans_graph.training.objective import LossModule
@@ -53,7 +54,7 @@ class Step:
     @property
     def config(self) -> TrainConfig:
         """The settings of the run."""
-        return TrainConfig.from_plain(self.start.progress["config"])
+        return TrainConfig.from_plain(self.start.value("config"))
 
 
 @dataclass(frozen=True)
@@ -132,9 +133,12 @@ def find(path: str | Path) -> Step:
         path = kept[-1]
     start = checkpoint.find(path, lambda text: None)
     try:
-        report, windows = json.loads((path / REPLAY).read_bytes()), load_file(path / BATCH)["windows"]
+        report, windows = reading.json_of(path / REPLAY), files.read(path / BATCH, "batch", CheckpointError)[0]["windows"]
+        if windows.dim() != 2 or windows.dtype != torch.int64 or not {"value", "device"} <= report.keys():
+            raise ValueError("the batch is no windows of ids, or the report is not complete")
+        windows = files.copied(windows, torch.device("cpu"))
         return Step(path, start, windows, {**report, "step": int(report["step"]), "what": str(report["what"])})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path}: no step that can be run again ({error})") from error
 
 
@@ -153,14 +157,14 @@ def rerun(step: Step, build: Build) -> Rerun:
         return torch.autocast(device.type, torch.bfloat16) if half else contextlib.nullcontext()
 
     with flushed():
-        checkpoint.restore_random(step.start)
+        checkpoint.restore_random(step.start, model)
         module = LossModule(model, config.compile)
         with autocast():
             loss = module(windows)
         loss.backward()
         norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
         norm = float(torch.stack(norms).norm()) if norms else 0.0
-        checkpoint.restore_random(step.start)
+        checkpoint.restore_random(step.start, model)
         with autocast():
             found = _traced(model, windows)
     return Rerun(step, float(loss.detach()), norm, str(device), found)
