@@ -8,6 +8,8 @@ import pytest
 
 import titans_graph as tg
 from titans_graph import errors
+from titans_graph.ir import Block, Graph, Node, Ref
+from titans_graph.shapes import stream
 
 HEAD = "titans_graph: 1\n"
 
@@ -61,6 +63,62 @@ output: y
     (found,) = check(tmp_path, text)
     assert isinstance(found, errors.AlgebraicLoop)
     assert "m.recall" in found.help
+
+
+@pytest.mark.parametrize("repeat", ["twice", "1.5", "0", "[1]"])
+def test_a_repeat_that_is_no_number_is_reported_and_not_followed(tmp_path: Path, repeat: str) -> None:
+    text = f"""input: {{x: [B, T, 8]}}
+nodes:
+  y: {{use: norm.rms, in: x, repeat: {repeat}}}
+output: y
+"""
+    (found,) = check(tmp_path, text)
+    assert isinstance(found, errors.WrongType)
+    assert "repeat" in found.message
+
+
+def test_a_repeat_that_is_no_number_is_reported_for_graphs_from_python() -> None:
+    node = Node("y", "norm.rms", {}, {"x": (Ref("x"),)}, repeat="twice")  # type: ignore[arg-type]
+    (found,) = tg.check(Graph("g", Block("main", {"x": stream(8)}, (node,), {"y": Ref("y")})))
+    assert isinstance(found, errors.WrongType)
+
+
+BORDER = """input: {x: [B, T, 4]}
+nodes:
+  prefix: {use: tokens.persistent, count: 3}
+  wide: {use: linear, in: x, dim: %d}
+  y: {use: outer, x: wide, prefix: prefix, repeat: 2}
+output: y
+blocks:
+  outer:
+    input: {x: [B, T, 4], prefix: [3, 4]}
+    nodes:
+      y: {use: inner, x: x, prefix: prefix}
+    output: y
+  inner:
+    input: {x: [B, T, 4], prefix: [3, 4]}
+    nodes:
+      both: {use: sequence.concat, in: [prefix, x]}
+      y: {use: attention.window, in: both, heads: 2, window: 3}
+    output: y
+"""
+
+
+def test_a_block_takes_elements_that_belong_to_no_token(tmp_path: Path) -> None:
+    assert check(tmp_path, BORDER % 4) == []
+
+
+def test_a_mismatch_at_a_border_is_not_reported_again_inside_the_block(tmp_path: Path) -> None:
+    (found,) = check(tmp_path, BORDER % 5)
+    assert isinstance(found, errors.ShapeMismatch)
+    assert found.span is not None
+    assert found.span.line == 6
+    assert "declared [B, T, 4], got [B, T, 5] from 'wide'" in found.message
+
+
+def test_another_number_of_fixed_elements_is_a_mismatch_at_the_border(tmp_path: Path) -> None:
+    (found,) = check(tmp_path, BORDER.replace("count: 3", "count: 2") % 4)
+    assert "declared [3, 4], got [2, 4] from 'prefix'" in found.message
 
 
 def test_a_leak_is_refused_with_its_path(tmp_path: Path) -> None:

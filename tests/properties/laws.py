@@ -7,11 +7,13 @@ promises. All run in float64 on small sizes.
 from __future__ import annotations
 
 import itertools
+import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,7 +23,7 @@ from tests.properties.naive import Evaluation
 from titans_graph.ir import Graph, Ref, parse
 from titans_graph.passes import CHECKS, PLANS, Compilation
 from titans_graph.spec import read_text, to_yaml
-from titans_graph.testing.strategies import Reading
+from titans_graph.testing.strategies import Planted, Reading
 
 TOLERANCE = 1e-9
 GRADIENT_TOLERANCE = 1e-7
@@ -283,3 +285,16 @@ def check_compiled(graph: Graph, reading: Reading) -> None:
     alike(gradients(fast, got, reading.x), gradients(model, want, reading.x))
     with torch.no_grad():
         same(reading.read(fast)[0], reading.read(model)[0])
+
+
+def check_planted(planted: Planted) -> None:
+    """A planted mistake gives one diagnostic, of its class and on its line, and the model is not built."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "spec.yaml"
+        path.write_text(planted.text, encoding="utf-8")
+        found = tg.check(path)
+        got = [(type(d), d.span.line if d.span else None) for d in found]
+        shown = "\n".join(d.render() for d in found)
+        assert got == [(planted.error, planted.line)], f"expected {planted.error.__name__} on line {planted.line}:\n{shown}"
+        with pytest.raises(tg.SpecError):
+            tg.load(path)

@@ -207,13 +207,14 @@ class Net:
         Of each fast weight: the sum over its uses of (length that goes in) * (gains along every path to the output).
         """
         values = self.values(weights, key)
+        nothing = torch.zeros((), dtype=torch.float64)
         totals: dict[str, Tensor] = {}
         for name in self.nodes:
             if self.nodes[name]["use"].startswith("fast."):
                 own = self.length(weights, values, self.inputs(name)[0]) if self.nodes[name]["use"] != "fast.bias" else 1.0
                 part = own * self.after(weights, values, name)
-                totals[self.fast(name)] = totals.get(self.fast(name), torch.zeros(())) + part
-        return sum((total.square() for total in totals.values()), torch.zeros(())).clamp(min=1.0)
+                totals[self.fast(name)] = totals.get(self.fast(name), nothing) + part
+        return sum((total.square() for total in totals.values()), nothing).clamp(min=1.0)
 
     def length(self, weights: Weights, values: Mapping[str, Tensor], name: str) -> Any:
         """An upper bound of a value's length for keys of length 1."""
@@ -232,8 +233,8 @@ class Net:
         lengths: dict[str, Callable[[], Any]] = {
             "norm.rms": lambda: math.sqrt(size),
             "norm.layer": lambda: math.sqrt(size),
-            "tanh": lambda: min(float(a), math.sqrt(size)),
-            "sigmoid": lambda: min(float(a) / 4 + math.sqrt(size) / 2, math.sqrt(size)),
+            "tanh": lambda: torch.as_tensor(a, dtype=torch.float64).clamp(max=math.sqrt(size)),
+            "sigmoid": lambda: torch.as_tensor(a / 4 + math.sqrt(size) / 2, dtype=torch.float64).clamp(max=math.sqrt(size)),
             "relu2": lambda: a * a,
             "scale": lambda: a * abs(node.get("by", 1.0)),
         }

@@ -85,7 +85,7 @@ def _too_much(blocks: Mapping[str, Block], uses: Mapping[str, list[str]]) -> lis
         depths[name] = 1 + max((depths[u] for u in uses[name]), default=0)
         sizes[name] = 0
         for node in blocks[name].nodes:
-            sizes[name] += _copies(node) * sizes.get(node.use if node.use in uses else "", 1)
+            sizes[name] += copies(node) * sizes.get(node.use if node.use in uses else "", 1)
             deep = depths[name] > MAX_DEPTH and node.use in uses and depths[node.use] == depths[name] - 1
             if sizes[name] > MAX_NODES or deep:
                 message = f"blocks are nested deeper than {MAX_DEPTH}" if deep else _MANY
@@ -96,7 +96,7 @@ def _too_much(blocks: Mapping[str, Block], uses: Mapping[str, list[str]]) -> lis
 _MANY = f"blocks and repeats make more than {MAX_NODES} nodes"
 
 
-def _copies(node: Node) -> int:
+def copies(node: Node) -> int:
     """The copies a repeat makes; a wrong repeat, reported elsewhere, counts once."""
     return node.repeat if type(node.repeat) is int and 1 <= node.repeat <= MAX_REPEAT else 1
 

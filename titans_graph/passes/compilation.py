@@ -65,13 +65,17 @@ class FlatNode:
 
 @dataclass(frozen=True)
 class Binding:
-    """One input of a block instance: what the block declares, what it gets, and where that is written."""
+    """One input of a block instance: what the block declares, what it gets, and where that is written.
+
+    ``instance`` is the path of the block instance (``layers.0``).
+    """
 
     declared: Value
     actual: Ref
     port: str
     block: str
     node: str
+    instance: str
     span: Span | None = field(default=None, compare=False)
 
 

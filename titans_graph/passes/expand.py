@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from titans_graph.errors import AlgebraicLoop, Diagnostic
 from titans_graph.ir import Block, Graph, Node, Ref
+from titans_graph.ir.nesting import copies
 from titans_graph.passes.base import Pass
 from titans_graph.passes.compilation import Binding, Compilation, FlatNode
 from titans_graph.registry import known, lookup
@@ -73,7 +74,7 @@ class _Scope:
     def flatten(self) -> list[FlatNode]:
         found: list[FlatNode] = []
         for node in self.block.nodes:
-            for copy in range(node.repeat):
+            for copy in range(copies(node)):
                 if known(node.use):
                     found.append(self._leaf(node, copy))
                 elif node.use in self.graph.blocks:
@@ -86,18 +87,18 @@ class _Scope:
         for node in self.block.nodes:
             if known(node.use) or node.use not in self.graph.blocks:
                 continue
-            for copy in range(node.repeat):
+            for copy in range(copies(node)):
                 inner = self._inner(node, copy)
                 for port, declared in inner.block.inputs.items():
                     actual = inner.resolve(Ref(port))
                     if actual is not None:
                         name = f"{self.block.name}.{node.name}" if self.path else node.name
-                        found.append(Binding(declared, actual, port, inner.block.name, name, node.place(port)))
+                        found.append(Binding(declared, actual, port, inner.block.name, name, inner.path, node.place(port)))
                 found.extend(inner.bindings())
         return found
 
     def _name(self, node: Node, copy: int) -> str:
-        local = f"{node.name}.{copy}" if node.repeat > 1 or not known(node.use) else node.name
+        local = f"{node.name}.{copy}" if copies(node) > 1 or not known(node.use) else node.name
         return f"{self.path}.{local}" if self.path else local
 
     def _leaf(self, node: Node, copy: int) -> FlatNode:
@@ -173,7 +174,7 @@ class _Scope:
         node = self.shared.node(self.block, name)
         if node is None:
             return None, ref
-        copy = int(copied) if copied else node.repeat - 1
+        copy = int(copied) if copied else copies(node) - 1
         if known(node.use):
             return Ref(self._name(node, copy), ref.port or self._first_output(node)), ref
         if node.use not in self.graph.blocks:

@@ -51,6 +51,12 @@ def _lcm(numbers: list[int]) -> int:
     return math.lcm(*numbers) if numbers else 1
 
 
+def _fits(actual: Value, declared: Value) -> bool:
+    """Whether a block input of one type takes a value of another: sizes agree, names of pieces do not count."""
+    lengths = [[piece.length for piece in value.pieces] for value in (actual, declared)]
+    return actual.dim == declared.dim and lengths[0] == lengths[1]
+
+
 class _Inference:
     """The working state of one inference: what is known so far."""
 
@@ -61,6 +67,9 @@ class _Inference:
         self.parameters: dict[str, Any] = {}
         self.found: list[Diagnostic] = []
         self.failed: set[str] = set()
+        self.borders: dict[Ref, list[Binding]] = {}
+        for binding in c.bindings:
+            self.borders.setdefault(binding.actual, []).append(binding)
         self._parse()
 
     def _parse(self) -> None:
@@ -124,16 +133,28 @@ class _Inference:
     def _site(self, node: FlatNode, used: dict[str, frozenset[str]], *, partial: bool) -> Site | None:
         inputs = {}
         for port, refs in node.inputs.items():
-            values = [self.types.get(ref) for ref in refs]
+            values = [self._type(ref, node.instance) for ref in refs]
             known = tuple(v.named(label) for v, label in zip(values, node.labels[port], strict=True) if v is not None)
             if len(known) < len(refs) or not refs:
                 if partial:
                     continue
                 return None
             inputs[port] = known
-        around = self.types.get(node.first_input) if node.first_input is not None else None
+        around = self._type(node.first_input, node.instance) if node.first_input is not None else None
         dim = around.dim if around is not None else None
         return Site(node.name, self.parameters[node.name], inputs, node.segment, dim, used.get(node.name, frozenset()))
+
+    def _type(self, ref: Ref, instance: str) -> Value | None:
+        """The type of a value as a block instance sees it: what the block declares, where it is given something else.
+
+        That mistake is reported at the border, and what would follow from it inside is not.
+        """
+        value = self.types.get(ref)
+        for binding in self.borders.get(ref, ()):
+            inside = instance == binding.instance or instance.startswith(f"{binding.instance}.")
+            if inside and value is not None and not _fits(value, binding.declared):
+                value = binding.declared
+        return value
 
     def check(self) -> list[Diagnostic]:
         """Ask every node whose inputs are known once more; what it refuses is reported."""
@@ -178,9 +199,9 @@ class _Inference:
         return found
 
     def _misfit(self, binding: Binding) -> Diagnostic | None:
-        actual, declared = self.types.get(binding.actual), binding.declared
-        same = actual is not None and (actual.dim == declared.dim and len(actual.pieces) == 1 and actual.timed)
-        if actual is None or same:
+        outside = binding.instance.rsplit(".", 2)[0] if binding.instance.count(".") > 1 else ""
+        actual, declared = self._type(binding.actual, outside), binding.declared
+        if actual is None or _fits(actual, declared):
             return None
         source = self.c.nodes.get(binding.actual.node)
         origin = f"{source.declared!r}" if source is not None else f"graph input {binding.actual.node!r}"

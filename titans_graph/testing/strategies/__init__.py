@@ -26,16 +26,20 @@ from titans_graph.testing.strategies.inputs import (
     vocabulary,
 )
 from titans_graph.testing.strategies.networks import memory_networks, network_graphs
+from titans_graph.testing.strategies.planted import MISTAKES, Planted, near_valid_specs
 
 __all__ = [
+    "MISTAKES",
     "RECIPES",
     "Draft",
+    "Planted",
     "Reading",
     "Recipe",
     "Run",
     "documents",
     "graphs",
     "memory_networks",
+    "near_valid_specs",
     "network_graphs",
     "readings",
     "recipe",

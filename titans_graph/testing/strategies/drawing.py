@@ -8,6 +8,8 @@ from hypothesis import note
 from hypothesis import strategies as st
 
 from titans_graph.ir import Block, Graph, Node, Ref
+from titans_graph.registry import known
+from titans_graph.shapes import Value, fixed
 from titans_graph.shapes import ids as ids_value
 from titans_graph.spec import to_yaml
 from titans_graph.testing.strategies import recipes
@@ -31,18 +33,18 @@ def graphs(
 
     The spec is noted, so that a failing example prints as a file. UsageError for a component that cannot be drawn.
     """
-    allowed = [recipe_of(use) for use in (RECIPES if uses is None else uses)]
+    allowed = [recipe_of(use) for use in ([use for use in RECIPES if known(use)] if uses is None else uses)]
     return _graphs(max_nodes, allowed, [recipe_of(use) for use in always])
 
 
 @st.composite
 def _graphs(draw: st.DrawFn, max_nodes: int, allowed: list[Recipe], always: list[Recipe]) -> Graph:
     dim = draw(st.sampled_from(_DIMS))
-    inner: list[_Inner] = []
-    for i in range(draw(st.sampled_from([0, 1, 2]))):
-        inner.append(_inner(draw, f"part{i}", dim, inner, allowed))
     tokens = any(r.ids for r in always) or (any(r.use == "embedding" for r in allowed) and draw(st.booleans()))
     vocab = draw(st.integers(2, 7)) if tokens else 0
+    inner: list[_Inner] = []
+    for i in range(draw(st.sampled_from([0, 1, 2]))):
+        inner.append(_inner(draw, f"part{i}", dim, vocab, inner, allowed))
     d = Draft(draw, dim, draw(st.sampled_from(_SEGMENTS)), inputs=() if tokens else ("x",), ids="tokens" * tokens, vocab=vocab)
     if tokens:
         d.inputs["tokens"] = ids_value("tokens")
@@ -69,11 +71,12 @@ class _Inner:
     def applies(self, d: Draft) -> bool:
         """Whether it may stand there: inside a loop everything works in pieces that divide the loop's period."""
         segments = {self.block.segment} - {None, d.loop}
-        return not d.loop or (not segments and all(d.loop % n == 0 for n in self.periods))
+        readable = d.ids is not None or not any(value.is_ids() for value in self.block.inputs.values())
+        return readable and (not d.loop or (not segments and all(d.loop % n == 0 for n in self.periods)))
 
     def build(self, d: Draft) -> None:
         """Use it, perhaps several times in a row."""
-        inputs = {name: d.pick() for name in self.block.inputs}
+        inputs = {name: self._source(d, value) for name, value in self.block.inputs.items()}
         ref = d.add(self.block.name, None, d.choose(1, 2, 3), **inputs)
         d.periods |= self.periods
         rest = list(self.block.outputs)[1:]
@@ -81,10 +84,27 @@ class _Inner:
         if rest and d.flag():
             d.offer(Ref(ref.node, d.choose(*rest)))
 
+    @staticmethod
+    def _source(d: Draft, value: Value) -> Ref:
+        """Something to connect to an input of that type."""
+        if value.is_ids():
+            assert d.ids is not None
+            return d.ids
+        return d.pick() if value.timed else d.add("tokens.persistent", {"count": value.single.length, "dim": value.dim})
 
-def _inner(draw: st.DrawFn, name: str, dim: int, inner: list[_Inner], allowed: list[Recipe]) -> _Inner:
+
+def _inner(draw: st.DrawFn, name: str, dim: int, vocab: int, inner: list[_Inner], allowed: list[Recipe]) -> _Inner:
+    """A block of one or two streams, perhaps with a fixed piece or the token ids beside them."""
     inputs = draw(st.sampled_from([("x",), ("x", "y")]))
-    d = Draft(draw, dim, draw(st.sampled_from(_SEGMENTS)), inputs=inputs)
+    extra = draw(st.sampled_from(["", "prefix", "tokens"] if vocab else ["", "prefix"]))
+    ids = "tokens" if extra == "tokens" else ""
+    d = Draft(draw, dim, draw(st.sampled_from(_SEGMENTS)), inputs=inputs, ids=ids, vocab=vocab)
+    if extra == "tokens":
+        d.inputs["tokens"] = ids_value("tokens")
+        recipe_of("embedding").build(d)
+    if extra == "prefix":
+        d.inputs["prefix"] = fixed(draw(st.integers(1, 3)), dim, "prefix")
+        recipes.with_prefix(d, Ref("prefix"))
     _steps(d, draw(st.integers(1, 2)), allowed, inner)
     periods = d.periods if d.segment is None else d.periods | {d.segment}
     return _Inner(d.block(name, draw(st.booleans())), periods)
@@ -92,8 +112,8 @@ def _inner(draw: st.DrawFn, name: str, dim: int, inner: list[_Inner], allowed: l
 
 def _steps(d: Draft, count: int, allowed: list[Recipe], inner: list[_Inner]) -> None:
     for _ in range(count):
-        known: list[Recipe | _Inner] = [*allowed, *inner]
-        choices = [item for item in known for _ in range(item.weight) if item.applies(d)]
+        every: list[Recipe | _Inner] = [*allowed, *inner]
+        choices = [item for item in every for _ in range(item.weight) if item.applies(d)]
         d.draw(st.sampled_from(choices)).build(d)
 
 

@@ -103,8 +103,12 @@ def _persistent(d: Draft) -> Ref:
 
 @recipe("tokens.persistent", alone=True)
 def _tokens(d: Draft) -> None:
-    """Persistent tokens in front of a stream, seen by attention."""
-    joined = d.add("sequence.concat", x=[_persistent(d), d.pick()])
+    with_prefix(d, _persistent(d))
+
+
+def with_prefix(d: Draft, prefix: Ref) -> None:
+    """A fixed piece in front of a stream, seen by attention."""
+    joined = d.add("sequence.concat", x=[prefix, d.pick()])
     d.offer(_attention(d, joined, d.choose("attention.window", "attention.full", "attention.segment")))
 
 
