@@ -83,6 +83,36 @@ def test_a_repeat_that_is_no_number_is_reported_for_graphs_from_python() -> None
     assert isinstance(found, errors.WrongType)
 
 
+def test_what_reads_an_unknown_component_is_not_judged(tmp_path: Path) -> None:
+    text = """input: {x: [B, T, 8]}
+nodes:
+  a: {use: nothing.known, in: x}
+  y: {use: add, in: [a, x]}
+output: y
+"""
+    (found,) = check(tmp_path, text)
+    assert isinstance(found, errors.UnknownComponent)
+
+
+def test_a_block_without_a_connection_is_not_judged_inside(tmp_path: Path) -> None:
+    text = """input: {x: [B, T, 8]}
+nodes:
+  y: {use: inner, z: x}
+output: y
+blocks:
+  inner:
+    input: {x: [B, T, 8], z: [B, T, 8]}
+    nodes:
+      prefix: {use: tokens.persistent, count: 2}
+      both: {use: sequence.concat, in: [prefix, x]}
+      seen: {use: attention.window, in: both, heads: 2, window: 3}
+      y: {use: add, in: [seen, z]}
+    output: y
+"""
+    (found,) = check(tmp_path, text)
+    assert isinstance(found, errors.MissingInput)
+
+
 BORDER = """input: {x: [B, T, 4]}
 nodes:
   prefix: {use: tokens.persistent, count: 3}

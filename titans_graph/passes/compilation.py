@@ -23,7 +23,9 @@ class FlatNode:
     """One component instance after expansion.
 
     ``name`` is its path (``layers.0.memory``), ``instance`` the path of the block instance it stands in (``layers.0``, empty
-    for the main graph), ``labels`` the references as written in the spec (they name the pieces of a sequence).
+    for the main graph), ``labels`` the references as written in the spec (they name the pieces of a sequence). ``lost``: input
+    ports of whose references some mean nothing, which is reported elsewhere; such a node is not judged. ``dim``: the
+    feature size that the block declares for its first input.
     """
 
     name: str
@@ -34,7 +36,8 @@ class FlatNode:
     inputs: Mapping[str, tuple[Ref, ...]]
     labels: Mapping[str, tuple[str, ...]]
     segment: int | None
-    first_input: Ref | None
+    dim: int | None
+    lost: frozenset[str] = frozenset()
     span: Span | None = field(default=None, compare=False)
     spans: Mapping[str, Span] = field(default_factory=dict, compare=False)
 

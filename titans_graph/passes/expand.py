@@ -105,6 +105,7 @@ class _Scope:
         first = next(iter(lookup(node.use).inputs), None)
         inputs: dict[str, tuple[Ref, ...]] = {}
         labels: dict[str, tuple[str, ...]] = {}
+        lost: set[str] = set()
         for port, refs in node.inputs.items():
             if copy and first is not None and port == first.name:
                 inputs[port] = (Ref(self._name(node, copy - 1), self._first_output(node)),)
@@ -113,7 +114,8 @@ class _Scope:
             pairs = [(found, ref.text()) for ref in refs if (found := self.resolve(ref)) is not None]
             inputs[port] = tuple(found for found, _ in pairs)
             labels[port] = tuple(label for _, label in pairs)
-        own = next(iter(self.block.inputs), None)
+            lost |= {port} if len(pairs) < len(refs) else set()
+        own = next(iter(self.block.inputs.values()), None)
         return FlatNode(
             name=self._name(node, copy),
             use=node.use,
@@ -123,7 +125,8 @@ class _Scope:
             inputs=inputs,
             labels=labels,
             segment=self.block.segment,
-            first_input=self.resolve(Ref(own)) if own is not None else None,
+            dim=own.dim if own is not None else None,
+            lost=frozenset(lost),
             span=node.span,
             spans=node.spans,
         )

@@ -67,9 +67,7 @@ class _Inference:
         self.parameters: dict[str, Any] = {}
         self.found: list[Diagnostic] = []
         self.failed: set[str] = set()
-        self.borders: dict[Ref, list[Binding]] = {}
-        for binding in c.bindings:
-            self.borders.setdefault(binding.actual, []).append(binding)
+        self.borders = {(b.actual, b.instance): b.declared for b in c.bindings}
         self._parse()
 
     def _parse(self) -> None:
@@ -89,8 +87,7 @@ class _Inference:
         nodes = [n for n in self.c.nodes.values() if n.name not in self.failed]
         readers: dict[Ref, list[int]] = {}
         for i, node in enumerate(nodes):
-            around = [node.first_input] if node.first_input is not None else []
-            for ref in {*around, *(ref for refs in node.inputs.values() for ref in refs)}:
+            for ref in {ref for refs in node.inputs.values() for ref in refs}:
                 readers.setdefault(ref, []).append(i)
         used = self._users()
         done: set[int] = set()
@@ -135,14 +132,12 @@ class _Inference:
         for port, refs in node.inputs.items():
             values = [self._type(ref, node.instance) for ref in refs]
             known = tuple(v.named(label) for v, label in zip(values, node.labels[port], strict=True) if v is not None)
-            if len(known) < len(refs) or not refs:
+            if len(known) < len(refs) or not refs or port in node.lost:
                 if partial:
                     continue
                 return None
             inputs[port] = known
-        around = self._type(node.first_input, node.instance) if node.first_input is not None else None
-        dim = around.dim if around is not None else None
-        return Site(node.name, self.parameters[node.name], inputs, node.segment, dim, used.get(node.name, frozenset()))
+        return Site(node.name, self.parameters[node.name], inputs, node.segment, node.dim, used.get(node.name, frozenset()))
 
     def _type(self, ref: Ref, instance: str) -> Value | None:
         """The type of a value as a block instance sees it: what the block declares, where it is given something else.
@@ -150,10 +145,11 @@ class _Inference:
         That mistake is reported at the border, and what would follow from it inside is not.
         """
         value = self.types.get(ref)
-        for binding in self.borders.get(ref, ()):
-            inside = instance == binding.instance or instance.startswith(f"{binding.instance}.")
-            if inside and value is not None and not _fits(value, binding.declared):
-                value = binding.declared
+        path = instance.split(".") if instance and value is not None else []
+        for end in range(2, len(path) + 1, 2):  # a block instance adds its node's name and the number of the copy
+            declared = self.borders.get((ref, ".".join(path[:end])))
+            if value is not None and declared is not None and not _fits(value, declared):
+                value = declared
         return value
 
     def check(self) -> list[Diagnostic]:
