@@ -19,9 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import titans_graph as tg
+from tests.properties.dependence import Subject, allowed, measured
+from tests.properties.leaks import judged, leaks, reason
 from tests.properties.naive import Evaluation
+from titans_graph.errors import CausalityLeak
 from titans_graph.ir import Graph, Ref, parse
 from titans_graph.passes import CHECKS, PLANS, Compilation
+from titans_graph.registry import Component, Site
 from titans_graph.spec import read_text, to_yaml
 from titans_graph.testing.strategies import Planted, Reading
 
@@ -298,3 +302,29 @@ def check_planted(planted: Planted) -> None:
         assert got == [(planted.error, planted.line)], f"expected {planted.error.__name__} on line {planted.line}:\n{shown}"
         with pytest.raises(tg.SpecError):
             tg.load(path)
+
+
+def check_dependences(component: type[Component], site: Site, tokens: int, *, tight: bool = False) -> None:
+    """No output token depends on an input token that the component's declaration excludes.
+
+    ``tight``: and for every lag that it allows, some output token depends on an input token at that lag.
+    """
+    subject = Subject(component, site, tokens)
+    segment = getattr(site.parameters, "segment", None) or site.segment or 64
+    lag = torch.arange(tokens)[:, None] - torch.arange(tokens)
+    for (source, target), real in measured(subject).items():
+        declared = [d for d in component.dependences(site) if (d.source, d.target) == (source, target)]
+        may = allowed(declared, tokens, segment)
+        assert not bool((real & ~may).any()), (source, target, declared, (real & ~may).nonzero().tolist())
+        idle = sorted({int(n) for n in lag[may]} - {int(n) for n in lag[real]})
+        assert not (tight and idle), f"{target} never depends on {source} at lags {idle}: {declared}"
+
+
+def check_judgement(graph: Graph) -> None:
+    """A graph judged causal does not leak; one refused that does not leak is refused for a known reason."""
+    c = judged(graph)
+    refused = any(isinstance(d, CausalityLeak) for d in c.diagnostics)
+    assert refused or c.sound, c.diagnostics
+    leaking = leaks(graph, c)
+    assert refused or not leaking, "judged causal, and leaks"
+    assert not refused or leaking or reason(c) is not None, "refused, does not leak, and no known reason explains it"

@@ -13,7 +13,7 @@ A failing example is noted as a spec that can be pasted into a file, and shrinks
 your own is drawn as soon as it has a recipe (:func:`recipe`). Sizes are small, so that float64 on a CPU is quick.
 """
 
-from titans_graph.testing.strategies.draft import RECIPES, Draft, Recipe, recipe
+from titans_graph.testing.strategies.draft import RECIPES, Draft, Recipe, recipe, recipe_of
 from titans_graph.testing.strategies.drawing import graphs
 from titans_graph.testing.strategies.inputs import (
     Reading,
@@ -43,6 +43,7 @@ __all__ = [
     "network_graphs",
     "readings",
     "recipe",
+    "recipe_of",
     "splits",
     "streams",
     "token_batches",
