@@ -17,12 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans_graph.errors import MissingInput, SegmentProblem, UsageError, WrongType
-from titans_graph.kernels.convolution import causal_conv
+from titans_graph.kernels.convolution import causal_conv, near_identity
 from titans_graph.kernels.memory import memory_read, memory_scan, memory_step
 from titans_graph.kernels.memory_crowding import crowding, step_cap
+from titans_graph.kernels.memory_lazy import lazy_step
 from titans_graph.kernels.memory_objectives import parse_objective
 from titans_graph.kernels.memory_ops import form_of
 from titans_graph.kernels.memory_prebuild import kinds, prebuild
+from titans_graph.kernels.memory_state import free_names, lazy_of, listed, named, named_lazy, settled, stepping
 from titans_graph.kernels.networks import NetworkError, parse_network
 from titans_graph.kernels.timeline import extend, last
 from titans_graph.registry import Component, Port, Site, SiteError, parameter
@@ -225,11 +227,11 @@ class NeuralMemory(Component, nn.Module):
         self.norm = nn.Parameter(torch.ones(inner))
         self.gate = nn.Linear(dim, inner, bias=False) if p.output_gate else None
         self.controls = nn.Linear(dim, p.heads * (1 + p.momentum + p.forget))
-        self.taps = nn.ParameterDict({s: _taps(inner, p.conv) for s in ("query", "key", "value")} if p.conv else {})
+        self.taps = nn.ParameterDict({s: near_identity(inner, p.conv) for s in ("query", "key", "value")} if p.conv else {})
         self.curvature = parse_objective(p.objective).curvature
         self.log_momentum = math.log(p.max_momentum) if p.max_momentum else -math.inf
         network = parse_network(p.network)
-        self.names = _free(list(shapes := network.weights(self.size)))
+        self.names = free_names(list(shapes := network.weights(self.size)))
         starts = [torch.stack([network.initialise(n, shape) for _ in range(p.heads)]) for n, shape in shapes.items()]
         self.initial = nn.ParameterDict({n: nn.Parameter(start) for n, start in zip(self.names, starts, strict=True)})
         self._start(dim)
@@ -259,6 +261,17 @@ class NeuralMemory(Component, nn.Module):
             if self.opens:
                 state["tail.opening"] = zeros(batch, self.p.conv - 1, self.query.in_features)
         return state
+
+    def stepping(self, state: State, position: Tensor) -> State:
+        """With a ring of the last tokens' updates; weights are written when it is full (``kernel: reference``: as it is)."""
+        if (p := self.p).kernel == "reference":
+            return state
+        initial = [self.initial[n] for n in self.names]
+        return stepping(p.network, self.names, p.chunk, self.segment, p.cap == "keys", state, initial, position)
+
+    def settled(self, state: State) -> State:
+        """Without the ring."""
+        return settled(self.p.network, self.names, state)
 
     def prebuild(self, batch: int, training: bool) -> None:
         """Begin to build the bodies of the chunks."""
@@ -304,9 +317,8 @@ class NeuralMemory(Component, nn.Module):
         if self.p.cap == "keys":
             r, new["keys"] = crowding(k, state["keys"], clock.valid, clock.position, clock.lead, clock.end)
             step = step * step_cap(r, self.p.max_momentum if self.p.momentum else 0.0, self.curvature)
-        y, anchor, weights, momenta = self._scan(q, k, v, step, log_momentum, log_keep, state, clock)
-        for kind, values in (("anchor", anchor), ("weights", weights), ("momenta", momenta)):
-            new |= {f"{kind}.{n}": w for n, w in zip(self.names, values, strict=True)}
+        y, after = self._scan(q, k, v, step, log_momentum, log_keep, state, clock)
+        new |= after
         if opening is not None:
             opened = self._opening_weights(state, clock)
             new |= {f"opening.{n}": w for n, w in zip(self.names, opened, strict=True)}
@@ -316,19 +328,26 @@ class NeuralMemory(Component, nn.Module):
 
     def _scan(
         self, q: Tensor, k: Tensor, v: Tensor, step: Tensor, log_momentum: Tensor, log_keep: Tensor, state: State, clock: Clock
-    ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         p, batch = self.p, q.shape[0]
+        form, tokens = (p.network, p.objective, p.read, p.chunk, p.cap == "keys"), (q, k, v, step, log_momentum, log_keep)
+        lazy = lazy_of(state, self.names)
+        if lazy is not None:
+            y, lazy = lazy_step(*form, lazy, *tokens, clock.position)
+            return y, named_lazy(self.names, lazy)
         start = [self.initial[n].expand(batch, *self.initial[n].shape) for n in self.names]
-        entry = ([state[f"{kind}.{n}"] for n in self.names] for kind in ("anchor", "weights", "momenta"))
         rest = [torch.zeros_like(w) for w in start]
-        fixed = (p.network, p.objective, p.read, p.chunk, p.cap == "keys")
-        given = (*fixed, *entry, start, rest, q, k, v, step, log_momentum, log_keep, clock.valid, clock.position)
+        given = (*form, *listed(state, self.names), start, rest, *tokens, clock.valid, clock.position)
         if q.shape[2] == 1:
-            return memory_step(*given)
-        return memory_scan(*given, kernel="reference" if p.kernel == "reference" else "auto")
+            y, *ends = memory_step(*given)
+        else:
+            y, *ends = memory_scan(*given, kernel="reference" if p.kernel == "reference" else "auto")
+        return y, named(self.names, *ends)
 
     def _opening_weights(self, state: State, clock: Clock) -> list[Tensor]:
         """The weights from before the segment: where the segment begins with this call, the current ones."""
+        if lazy_of(state, self.names) is not None:
+            return [state[f"opening.{n}"] for n in self.names]
         begins, fresh = clock.valid[:, 0], clock.valid[:, 0] & (clock.position[:, 0] == 0)
         if clock.valid.shape[1] == 1:
             begins = begins & (clock.position[:, 0] % self.segment == 0)
@@ -370,24 +389,6 @@ class NeuralMemory(Component, nn.Module):
             y = y * self.gate(source).sigmoid()
         out: Tensor = self.output(y)
         return out
-
-
-def _taps(channels: int, taps: int) -> nn.Parameter:
-    """Near identity: the token's own tap 1, the others small noise."""
-    weight = 0.02 * torch.randn(channels, taps)
-    weight[:, 0] += 1.0
-    return nn.Parameter(weight)
-
-
-def _free(names: list[str]) -> tuple[str, ...]:
-    """Names that a ParameterDict has no attribute of, such as ``half_`` for a fast weight called ``half``."""
-    taken, found = nn.ParameterDict(), list[str]()
-    for name in names:
-        free = name
-        while hasattr(taken, free) or (free != name and free in (*names, *found)):
-            free += "_"
-        found.append(free)
-    return tuple(found)
 
 
 def _canonical(p: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from titans_graph.kernels.timeline import Clock, extend, last
 
@@ -25,3 +25,10 @@ def causal_conv(x: Tensor, tail: Tensor, weight: Tensor, bias: Tensor | None, cl
     if bias is not None:
         y = y + bias
     return y, last(joined, clock.end, kernel - 1)
+
+
+def near_identity(channels: int, taps: int) -> nn.Parameter:
+    """Weights ``[channels, taps]`` to begin with: the token's own tap near 1, the others small noise."""
+    weight = 0.02 * torch.randn(channels, taps)
+    weight[:, 0] += 1.0
+    return nn.Parameter(weight)

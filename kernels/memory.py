@@ -163,7 +163,7 @@ def memory_step(
 
     The slot may stand anywhere in its chunk: it begins one where ``position % chunk`` is 0.
     """
-    net, goal = _parsed(network, objective)
+    net, goal = parsed(network, objective)
     dtype, heads, names = weights[0].dtype, q.shape[1], list(net.weights(q.shape[-1]))
     now = valid[:, 0].repeat_interleave(heads)
     place = position[:, 0].repeat_interleave(heads)
@@ -188,12 +188,12 @@ def memory_step(
 
 def memory_read(network: str | Network, weights: Sequence[Tensor], q: Tensor) -> Tensor:
     """Read without writing (equation 15): the network of the given weights for ``q`` ``[B, H, G, d]``, same shape."""
-    net = _parsed(network, "l2")[0]
+    net = parsed(network, "l2")[0]
     named = dict(zip(net.weights(q.shape[-1]), weights, strict=True))
     return net.apply(q.to(weights[0].dtype), PlainUse(named)).to(q.dtype)
 
 
-def _parsed(network: str | Network, objective: str | Objective) -> tuple[Network, Objective]:
+def parsed(network: str | Network, objective: str | Objective) -> tuple[Network, Objective]:
     """Both descriptions parsed; texts by way of plain constants, which is all a traced call may bring back."""
     net = network
     if isinstance(net, str):

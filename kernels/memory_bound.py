@@ -53,6 +53,22 @@ MEASURES: dict[str, Callable[[Tensor], Tensor]] = {
 """The norms of fast weights by name: ``[N, in, out]`` or ``[N, size]`` to ``[N]``."""
 
 
+def weight_norms(network: Network, weights: Mapping[str, Tensor]) -> Tensor:
+    """The norm of every fast weight that bounds are made from, detached: ``[N, W]`` in the order of ``network.measures``."""
+    return torch.stack([MEASURES[how](weights[name].detach()) for name, how in network.measures().items()], -1)
+
+
+def bound_of(network: Network, norms: Tensor, weights: Mapping[str, Tensor], keys: Tensor) -> Tensor:
+    """:func:`step_bound` from the ``norms`` of the weights, which one chunk keeps."""
+    fixed = {name: weight.detach() for name, weight in weights.items()}
+    named = dict(zip(network.measures(), norms.unbind(-1), strict=True))
+    gains: dict[str, Tensor] = {}
+    if network.local():
+        gains = network.local_gains(keys.detach(), PlainUse(fixed))
+        named = {name: norm[:, None] for name, norm in named.items()}
+    return network.curvature(named, keys.shape[-1], gains).clamp_min(1.0)
+
+
 def step_bound(network: Network, weights: Mapping[str, Tensor], keys: Tensor) -> Tensor:
     """By how much the step must be divided: ``[N]``, or ``[N, C]`` where it depends on the token; at least 1, detached.
 
@@ -60,13 +76,7 @@ def step_bound(network: Network, weights: Mapping[str, Tensor], keys: Tensor) ->
     Gauss-Newton curvature vanishes but that of the residual does not. A norm after a fast weight has no finite gain for
     all tokens, so its gain is taken at each token's own key, from one more pass of the network over the keys.
     """
-    fixed = {name: weight.detach() for name, weight in weights.items()}
-    norms = {name: MEASURES[measure](fixed[name]) for name, measure in network.measures().items()}
-    gains: dict[str, Tensor] = {}
-    if network.local():
-        gains = network.local_gains(keys.detach(), PlainUse(fixed))
-        norms = {name: norm[:, None] for name, norm in norms.items()}
-    return network.curvature(norms, keys.shape[-1], gains).clamp_min(1.0)
+    return bound_of(network, weight_norms(network, weights), weights, keys)
 
 
 def bounded_step(network: Network, weights: Mapping[str, Tensor], keys: Tensor, step: Tensor) -> Tensor:

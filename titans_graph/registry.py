@@ -171,6 +171,17 @@ class Component:
         """The state before the first token, batch first; on the parameters' device and dtype."""
         return {}
 
+    def stepping(self, state: Mapping[str, Tensor], position: Tensor) -> Mapping[str, Tensor]:
+        """The state in the form in which single tokens are read without gradients; most components have no other.
+
+        Called outside compiled regions before every such token, ``position`` int64 ``[B]`` on the CPU being where it stands.
+        """
+        return state
+
+    def settled(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The state as :meth:`initial_state` describes it, from the one that a single token left."""
+        return state
+
     def prebuild(self, batch: int, training: bool) -> None:
         """Begin, beside the compilation of the model, to build what this component compiles for itself; most nothing."""
 

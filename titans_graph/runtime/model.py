@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,10 @@ from titans_graph.ir import Graph
 from titans_graph.lowering import Holder, Lowered
 from titans_graph.lowering.demand import demand
 from titans_graph.passes import Compilation
+from titans_graph.registry import Component
 from titans_graph.runtime.layout import Layout, grid_layout, room_for, token_layout
-from titans_graph.runtime.runner import Driver, Eager, Runner
-from titans_graph.runtime.state import State
+from titans_graph.runtime.runner import Driver, Eager, Nodes, Runner
+from titans_graph.runtime.state import State, Stepping
 from titans_graph.spec import to_yaml
 
 if TYPE_CHECKING:
@@ -86,8 +88,7 @@ class Model(nn.Module):
         return [n for n, node in self.compilation.nodes.items() if node.component.stateful]
 
     def _part(self, node: str, batch: int) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = self.body.get_submodule(node).initial_state(batch)  # type: ignore[operator]
-        return state
+        return self._module(node).initial_state(batch)
 
     def _fresh(self, batch: int) -> dict[str, dict[str, Tensor]]:
         with torch.no_grad():
@@ -127,13 +128,37 @@ class Model(nn.Module):
         if x.shape[1] == 0:
             return self._empty(x, state)
         layout = self._layout(x, state, document)
-        nodes = self._with_room(state.nodes, layout)
-        driver = Driver(self.compilation, self.body, self._runner)
-        (name,) = self.compilation.inputs
-        outputs, new = driver({name: layout.spread(x)}, nodes, layout.clock, layout.used)
+        steps = layout.clock.valid.shape[1] == 1 and not self._records(x, state)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not steps):
+            nodes = self._with_room(self._stepping(state, layout) if steps else state.nodes, layout)
+            driver = Driver(self.compilation, self.body, self._runner)
+            (name,) = self.compilation.inputs
+            outputs, new = driver({name: layout.spread(x)}, nodes, layout.clock, layout.used)
         collected = [layout.collect(y) for y in outputs]
-        after = State(layout.position, layout.document, new, self.fingerprint, self._fresh)
-        return self._result(collected), after
+        held: Nodes = Stepping(new, self._settled) if steps else new
+        return self._result(collected), State(layout.position, layout.document, held, self.fingerprint, self._fresh)
+
+    def _records(self, x: Tensor, state: State) -> bool:
+        """Whether anything in this call asks for gradients."""
+        if not torch.is_grad_enabled():
+            return False
+        held = state.nodes.held if isinstance(state.nodes, Stepping) else state.nodes
+        tensors = (t for node in held.values() for t in node.values())
+        return any(t.requires_grad for t in itertools.chain([x], self.parameters(), tensors))
+
+    def _stepping(self, state: State, layout: Layout) -> Nodes:
+        """Node states in the form in which single tokens are read without gradients."""
+        held = state.nodes.held if isinstance(state.nodes, Stepping) else state.nodes
+        position = layout.position - 1
+        with torch.autocast(self.device.type, enabled=False):
+            return {n: self._module(n).stepping(tensors, position) for n, tensors in held.items()}
+
+    def _settled(self, node: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        with torch.autocast(self.device.type, enabled=False):
+            return self._module(node).settled(tensors)
+
+    def _module(self, node: str) -> Component:
+        return cast(Component, self.body.get_submodule(node))
 
     def _result(self, outputs: list[Any]) -> Any:
         return outputs[0] if len(outputs) == 1 else dict(zip(self.compilation.outputs, outputs, strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,36 @@ FORMAT = 2
 """2: with a checksum."""
 FURTHEST = 1 << 62
 """The largest position a row can have: more could not be counted on."""
+
+
+Tensors = Mapping[str, Tensor]
+
+
+class Stepping(Mapping[str, Tensors]):
+    """Node states that single tokens left, settled for whoever looks.
+
+    ``held`` is what the next single token takes: some components then have a form that is cheaper to go on with
+    (:meth:`titans_graph.registry.Component.stepping`).
+    """
+
+    def __init__(self, held: Mapping[str, Tensors], settle: Callable[[str, Tensors], Tensors]) -> None:
+        self.held, self._settle = held, settle
+        self._settled: dict[str, Tensors] = {}
+
+    def __getitem__(self, node: str) -> Tensors:
+        if node not in self._settled:
+            self._settled[node] = self._settle(node, self.held[node])
+        return self._settled[node]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.held)
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Stepping:
+        """With every tensor changed by a function."""
+        return Stepping({n: {k: change(t) for k, t in tensors.items()} for n, tensors in self.held.items()}, self._settle)
 
 
 @dataclass(frozen=True)
@@ -57,7 +87,11 @@ class State:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> State:
         """A state with every tensor changed by a function (``position`` and ``document`` too)."""
-        nodes = {n: {k: change(t) for k, t in tensors.items()} for n, tensors in self.nodes.items()}
+        nodes: Mapping[str, Tensors]
+        if isinstance(self.nodes, Stepping):
+            nodes = self.nodes.map(change)
+        else:
+            nodes = {n: {k: change(t) for k, t in tensors.items()} for n, tensors in self.nodes.items()}
         return State(change(self.position), change(self.document), nodes, self.fingerprint, self.fresh)
 
     def detach(self) -> State:

@@ -1,0 +1,105 @@
+"""The state of the component ``memory.neural`` by name, and its other form for single tokens.
+
+Between calls a state is ``anchor.*``, ``weights.*`` and ``momenta.*``, which anything can be done with. While single tokens
+are read without gradients it holds a ring of pairs besides (:class:`~titans_graph.kernels.memory_lazy.Lazy`): ``ring.inputs.i``
+and ``ring.deltas.i`` for every use of a weight, ``ring.shares``, ``ring.ends`` and ``ring.norms``; ``weights.*`` and
+``momenta.*`` are then those last written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from titans_graph.kernels.memory_lazy import Lazy, begin, current, due, restarted, written
+
+State = Mapping[str, Tensor]
+
+_LISTS = ("anchor", "weights", "momenta")
+
+
+def named(names: Sequence[str], anchor: list[Tensor], weights: list[Tensor], momenta: list[Tensor]) -> dict[str, Tensor]:
+    """The entries of a state that hold fast weights."""
+    lists = zip(_LISTS, (anchor, weights, momenta), strict=True)
+    return {f"{kind}.{name}": x for kind, values in lists for name, x in zip(names, values, strict=True)}
+
+
+def listed(state: State, names: Sequence[str]) -> list[list[Tensor]]:
+    """Anchor, weights and momenta in the order of ``names``."""
+    return [[state[f"{kind}.{name}"] for name in names] for kind in _LISTS]
+
+
+def lazy_of(state: State, names: Sequence[str]) -> Lazy | None:
+    """The ring and what it stands on; None where the state has none."""
+    if "ring.shares" not in state:
+        return None
+    inputs, deltas = ([state[key] for key in sorted_keys(state, kind)] for kind in ("inputs", "deltas"))
+    anchor, weights, momenta = listed(state, names)
+    return Lazy(anchor, weights, momenta, inputs, deltas, state["ring.shares"], state["ring.ends"], state["ring.norms"])
+
+
+def sorted_keys(state: State, kind: str) -> list[str]:
+    """The keys of a ring's ``inputs`` or ``deltas``, in the order of uses."""
+    stem = f"ring.{kind}."
+    return [f"{stem}{i}" for i in range(sum(key.startswith(stem) for key in state))]
+
+
+def named_lazy(names: Sequence[str], lazy: Lazy) -> dict[str, Tensor]:
+    """The entries of a state with a ring."""
+    rings = ("inputs", lazy.inputs), ("deltas", lazy.deltas)
+    ring = {f"ring.{kind}.{i}": x for kind, values in rings for i, x in enumerate(values)}
+    rest = {"ring.shares": lazy.shares, "ring.ends": lazy.ends, "ring.norms": lazy.norms}
+    return {**named(names, lazy.anchor, lazy.weights, lazy.momenta), **ring, **rest}
+
+
+def stepping(
+    network: str,
+    names: Sequence[str],
+    chunk: int,
+    segment: int,
+    bounded: bool,
+    state: State,
+    initial: Sequence[Tensor],
+    position: Tensor,
+) -> dict[str, Tensor]:
+    """The state with a ring, ready for the tokens at ``position`` (int64 ``[B]``, on the CPU).
+
+    Rows at position 0 begin with ``initial`` (``[H, *shape]`` each), rows that begin a chunk get its anchor, rows that begin
+    a segment its ``opening`` where there is one; weights are written where they are due.
+    """
+    lazy = lazy_of(state, names) or begin(network, chunk, bounded, *listed(state, names))
+    fresh, rows, opens = position == 0, due(position, chunk), position % segment == 0
+    if bool(fresh.any()):
+        lazy = restarted(lazy, fresh, [x.expand_as(w) for x, w in zip(initial, lazy.weights, strict=True)])
+    if bool(rows.any()):
+        lazy = written(network, lazy, rows, position % chunk == 0)
+    new = {**state, **named_lazy(names, lazy)}
+    if bool(opens.any()) and f"opening.{names[0]}" in state:
+        there = opens.to(lazy.ends.device)
+        for name, weight in zip(names, lazy.weights, strict=True):
+            shape = (-1, *[1] * (weight.dim() - 1))
+            new[f"opening.{name}"] = torch.where(there.view(shape), weight, state[f"opening.{name}"])
+    return new
+
+
+def settled(network: str, names: Sequence[str], state: State) -> dict[str, Tensor]:
+    """The state without a ring: weights and momenta of the last token."""
+    lazy = lazy_of(state, names)
+    if lazy is None:
+        return dict(state)
+    weights, momenta = current(network, lazy)
+    kept = {key: x for key, x in state.items() if not key.startswith("ring.")}
+    return {**kept, **named(names, lazy.anchor, weights, momenta)}
+
+
+def free_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Names that a ParameterDict has no attribute of, such as ``half_`` for a fast weight called ``half``."""
+    taken, found = nn.ParameterDict(), list[str]()
+    for name in names:
+        free = name
+        while hasattr(taken, free) or (free != name and free in (*names, *found)):
+            free += "_"
+        found.append(free)
+    return tuple(found)
