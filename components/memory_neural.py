@@ -24,7 +24,7 @@ from titans_graph.kernels.memory_lazy import lazy_step
 from titans_graph.kernels.memory_objectives import parse_objective
 from titans_graph.kernels.memory_ops import form_of
 from titans_graph.kernels.memory_prebuild import kinds, prebuild
-from titans_graph.kernels.memory_state import free_names, lazy_of, listed, named, named_lazy, settled, stepping
+from titans_graph.kernels.memory_state import free_names, lazy_of, listed, named, named_ring, settled, stepping
 from titans_graph.kernels.networks import NetworkError, parse_network
 from titans_graph.kernels.timeline import extend, last
 from titans_graph.registry import Component, Port, Site, SiteError, parameter
@@ -319,11 +319,11 @@ class NeuralMemory(Component, nn.Module):
             step = step * step_cap(r, self.p.max_momentum if self.p.momentum else 0.0, self.curvature)
         y, after = self._scan(q, k, v, step, log_momentum, log_keep, state, clock)
         new |= after
-        if opening is not None:
+        if opening is not None and "ring.shares" not in state:
             opened = self._opening_weights(state, clock)
             new |= {f"opening.{n}": w for n, w in zip(self.names, opened, strict=True)}
-            if self.p.conv:
-                new["tail.opening"] = last(extend(state["tail.opening"], opening, clock.lead), clock.end, self.p.conv - 1)
+        if opening is not None and self.p.conv:
+            new["tail.opening"] = last(extend(state["tail.opening"], opening, clock.lead), clock.end, self.p.conv - 1)
         return self._finish(y, ask), new
 
     def _scan(
@@ -334,7 +334,7 @@ class NeuralMemory(Component, nn.Module):
         lazy = lazy_of(state, self.names)
         if lazy is not None:
             y, lazy = lazy_step(*form, lazy, *tokens, clock.position)
-            return y, named_lazy(self.names, lazy)
+            return y, named_ring(lazy)
         start = [self.initial[n].expand(batch, *self.initial[n].shape) for n in self.names]
         rest = [torch.zeros_like(w) for w in start]
         given = (*form, *listed(state, self.names), start, rest, *tokens, clock.valid, clock.position)
@@ -346,7 +346,7 @@ class NeuralMemory(Component, nn.Module):
 
     def _opening_weights(self, state: State, clock: Clock) -> list[Tensor]:
         """The weights from before the segment: where the segment begins with this call, the current ones."""
-        if lazy_of(state, self.names) is not None:
+        if "ring.shares" in state:
             return [state[f"opening.{n}"] for n in self.names]
         begins, fresh = clock.valid[:, 0], clock.valid[:, 0] & (clock.position[:, 0] == 0)
         if clock.valid.shape[1] == 1:

@@ -58,9 +58,9 @@ def slots_of(chunk: int) -> int:
     return min(SLOTS, chunk)
 
 
-def due(position: Tensor, chunk: int) -> Tensor:
-    """Where weights are written before the token at ``position`` is read: a chunk begins, or the ring is full."""
-    return position % chunk % slots_of(chunk) == 0
+def due(place: int, chunk: int) -> bool:
+    """Whether weights are written before the token at position ``place`` is read: a chunk begins, or the ring is full."""
+    return place % chunk % slots_of(chunk) == 0
 
 
 def begin(
@@ -83,23 +83,27 @@ def begin(
 def current(network: str | Network, state: Lazy) -> tuple[list[Tensor], list[Tensor]]:
     """M_t and S_t, written out."""
     net = parsed(network, "l2")[0]
-    names, uses = _names(net), net.uses(0)
     (w, s), (a0, f, e0) = state.shares.unbind(-2), state.ends.unbind(-1)
     weights, momenta = [], []
-    for name, m, moving in zip(names, state.weights, state.momenta, strict=True):
+    for name, m, moving in zip(_names(net), state.weights, state.momenta, strict=True):
         one = (..., *[None] * (m.dim() - 2))
-        new, after = a0[one] * m + f[one] * moving, e0[one] * moving
-        for u, d, use in zip(state.inputs, state.deltas, uses, strict=True):
+        new, after = (a0[one] * m).addcmul_(f[one], moving), e0[one] * moving
+        for u, d, use in zip(state.inputs, state.deltas, net.uses(0), strict=True):
             if use == name:
-                new, after = (x - _sum(u, d, share, vector=m.dim() == 3) for x, share in ((new, w), (after, s)))
+                _subtract(new, u, d, w)
+                _subtract(after, u, d, s)
         weights.append(new)
         momenta.append(after)
     return weights, momenta
 
 
-def _sum(u: Tensor, d: Tensor, share: Tensor, *, vector: bool) -> Tensor:
-    """``sum_i share_i u_i^T d_i``, or of the deltas alone."""
-    return (share[..., None] * d).sum(-2) if vector else (share[..., None] * u).mT @ d
+def _subtract(total: Tensor, u: Tensor, d: Tensor, share: Tensor) -> None:
+    """``sum_i share_i u_i^T d_i`` from a matrix, the shared deltas alone from a vector; in place."""
+    if total.dim() == 3:
+        total.sub_((share[..., None] * d).sum(-2))
+        return
+    # A view of both leading axes as one: whatever is large was made just now, and is contiguous.
+    total.flatten(0, 1).baddbmm_((share[..., None] * u).flatten(0, 1).mT, d.flatten(0, 1), alpha=-1)
 
 
 def written(network: str | Network, state: Lazy, rows: Tensor, starts: Tensor) -> Lazy:

@@ -35,23 +35,33 @@ def lazy_of(state: State, names: Sequence[str]) -> Lazy | None:
     """The ring and what it stands on; None where the state has none."""
     if "ring.shares" not in state:
         return None
-    inputs, deltas = ([state[key] for key in sorted_keys(state, kind)] for kind in ("inputs", "deltas"))
+    inputs, deltas = _ring(state, "inputs"), _ring(state, "deltas")
     anchor, weights, momenta = listed(state, names)
     return Lazy(anchor, weights, momenta, inputs, deltas, state["ring.shares"], state["ring.ends"], state["ring.norms"])
 
 
-def sorted_keys(state: State, kind: str) -> list[str]:
-    """The keys of a ring's ``inputs`` or ``deltas``, in the order of uses."""
-    stem = f"ring.{kind}."
-    return [f"{stem}{i}" for i in range(sum(key.startswith(stem) for key in state))]
+def _ring(state: State, kind: str) -> list[Tensor]:
+    """A ring's ``inputs`` or ``deltas`` in the order of uses.
+
+    By look-up alone: a traced call that runs through a mapping is specialised on the order of its keys.
+    """
+    found: list[Tensor] = []
+    while f"ring.{kind}.{len(found)}" in state:
+        found.append(state[f"ring.{kind}.{len(found)}"])
+    return found
 
 
 def named_lazy(names: Sequence[str], lazy: Lazy) -> dict[str, Tensor]:
     """The entries of a state with a ring."""
+    fast = named(names, lazy.anchor, lazy.weights, lazy.momenta)
+    return {**fast, **named_ring(lazy), "ring.norms": lazy.norms}
+
+
+def named_ring(lazy: Lazy) -> dict[str, Tensor]:
+    """The entries that every token changes."""
     rings = ("inputs", lazy.inputs), ("deltas", lazy.deltas)
     ring = {f"ring.{kind}.{i}": x for kind, values in rings for i, x in enumerate(values)}
-    rest = {"ring.shares": lazy.shares, "ring.ends": lazy.ends, "ring.norms": lazy.norms}
-    return {**named(names, lazy.anchor, lazy.weights, lazy.momenta), **ring, **rest}
+    return {**ring, "ring.shares": lazy.shares, "ring.ends": lazy.ends}
 
 
 def stepping(
@@ -70,17 +80,19 @@ def stepping(
     a segment its ``opening`` where there is one; weights are written where they are due.
     """
     lazy = lazy_of(state, names) or begin(network, chunk, bounded, *listed(state, names))
-    fresh, rows, opens = position == 0, due(position, chunk), position % segment == 0
-    if bool(fresh.any()):
-        lazy = restarted(lazy, fresh, [x.expand_as(w) for x, w in zip(initial, lazy.weights, strict=True)])
-    if bool(rows.any()):
-        lazy = written(network, lazy, rows, position % chunk == 0)
+    places = position.tolist()  # Whole numbers: with tensors the questions below would cost as much as a token.
+    if not any(due(place, chunk) for place in places):
+        return {**state, **named_lazy(names, lazy)}
+    if 0 in places:
+        lazy = restarted(lazy, position == 0, [x.expand_as(w) for x, w in zip(initial, lazy.weights, strict=True)])
+    starts = position % chunk == 0
+    lazy = written(network, lazy, torch.tensor([due(place, chunk) for place in places]), starts)
     new = {**state, **named_lazy(names, lazy)}
-    if bool(opens.any()) and f"opening.{names[0]}" in state:
-        there = opens.to(lazy.ends.device)
+    if f"opening.{names[0]}" in state and any(place % segment == 0 for place in places):
+        opens = (position % segment == 0).to(lazy.ends.device)
         for name, weight in zip(names, lazy.weights, strict=True):
-            shape = (-1, *[1] * (weight.dim() - 1))
-            new[f"opening.{name}"] = torch.where(there.view(shape), weight, state[f"opening.{name}"])
+            there = opens.view(-1, *[1] * (weight.dim() - 1))
+            new[f"opening.{name}"] = torch.where(there, weight, state[f"opening.{name}"])
     return new
 
 

@@ -175,6 +175,7 @@ class Component:
         """The state in the form in which single tokens are read without gradients; most components have no other.
 
         Called outside compiled regions before every such token, ``position`` int64 ``[B]`` on the CPU being where it stands.
+        From a call on such a state the component may return what changed alone.
         """
         return state
 

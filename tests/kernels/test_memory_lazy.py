@@ -35,8 +35,9 @@ def decode(case: Case, position: Tensor) -> list[Tensor]:
     for t in range(position.shape[1]):
         here = position[:, t]
         state = restarted(state, here == 0, initial)
-        if bool(due(here, case.chunk).any()):
-            state = written(case.network, state, due(here, case.chunk), here % case.chunk == 0)
+        rows = torch.tensor([due(place, case.chunk) for place in here.tolist()])
+        if bool(rows.any()):
+            state = written(case.network, state, rows, here % case.chunk == 0)
         tokens = [x[:, :, t : t + 1] for x in case.tokens.values()]
         form = case.network, case.objective, case.read, case.chunk, case.bounded
         y, state = run_step(*form, state, *tokens, here[:, None])

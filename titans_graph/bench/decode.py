@@ -16,44 +16,68 @@ from torch import Tensor
 
 from titans_graph.bench.memory import Case
 from titans_graph.kernels.memory import memory_step
+from titans_graph.kernels.memory_compile import build
 from titans_graph.kernels.memory_lazy import Lazy, begin, due, lazy_step, written
+from titans_graph.kernels.memory_objectives import parse_objective
 from titans_graph.kernels.networks import parse_network
 
-Step = Callable[[Any, list[Tensor], Tensor], Any]
+L2 = parse_objective("l2")
+
+Tensors = list[Tensor]
+Step = Callable[[Tensors, Tensors, int], Tensors]
+"""State, tokens and the place in the document to the next state, all flat: what is measured is not Python."""
 
 
-def _eager(case: Case, bounded: bool) -> tuple[Step, Callable[[list[Tensor], list[Tensor]], Any]]:
+def _built(run: Callable[..., Any], args: Tensors) -> Callable[..., Any]:
+    """``run`` as Inductor's code, without the checks of its arguments that torch.compile makes at every call."""
+    return build(lambda *flat: tuple(x.clone() if any(x is a for a in flat) else x for x in run(*flat)), args)
+
+
+def _eager(case: Case, bounded: bool, weights: Tensors, momenta: Tensors, tokens: Tensors) -> tuple[Step, Tensors]:
     """The step that writes weights and momenta, and the state it starts from."""
-    network = parse_network(case.network).text()
-    valid = torch.ones(case.batch, 1, dtype=torch.bool)
+    network, n, valid = parse_network(case.network), len(weights), torch.ones(case.batch, 1, dtype=torch.bool)
+    positions = [torch.full((case.batch, 1), place) for place in range(2 * case.chunk)]
+    static: Any = network, L2, "after", case.chunk, bounded
 
-    def step(state: Any, tokens: list[Tensor], position: Tensor) -> Any:
-        run: Any = memory_step
-        _, *after = run(network, "l2", "after", case.chunk, bounded, *state, *tokens, valid, position)
-        return *after, *state[3:]
+    def run(*args: Tensor) -> Any:
+        step: Any = memory_step
+        state = [list(args[i * n : (i + 1) * n]) for i in range(3)]
+        y, *after = step(*static, *state, *state[1:], *args[3 * n : -1], valid, args[-1])
+        return [y, *(x for values in after for x in values)]
 
-    compiled: Step = torch.compile(step, fullgraph=True)
-    return compiled, lambda weights, momenta: ([w.clone() for w in weights], weights, momenta, weights, momenta)
+    start = [*(w.clone() for w in weights), *weights, *momenta]
+    code = _built(run, [*start, *tokens, positions[0]])
+    return lambda state, tokens, place: list(code(*state, *tokens, positions[place])[1:]), start
 
 
-def _lazy(case: Case, bounded: bool) -> tuple[Step, Callable[[list[Tensor], list[Tensor]], Any]]:
+def _lazy(case: Case, bounded: bool, weights: Tensors, momenta: Tensors, tokens: Tensors) -> tuple[Step, Tensors]:
     """The step with a ring, weights written where they are due, and the state it starts from."""
-    network = parse_network(case.network).text()
+    network, n = parse_network(case.network), len(weights)
+    positions = [torch.full((case.batch, 1), place) for place in range(2 * case.chunk)]
+    rows = torch.ones(case.batch, dtype=torch.bool)
+    static: Any = network, L2, "after", case.chunk, bounded
 
-    def step(state: Lazy, tokens: list[Tensor], position: Tensor) -> Lazy:
-        run: Any = lazy_step
-        after: Lazy = run(network, "l2", "after", case.chunk, bounded, state, *tokens, position)[1]
-        return after
+    def lazy(flat: Any) -> Lazy:
+        uses = (len(flat) - 3 * n - 3) // 2
+        anchor, now, moving = (list(flat[i * n : (i + 1) * n]) for i in range(3))
+        return Lazy(anchor, now, moving, list(flat[3 * n : 3 * n + uses]), list(flat[3 * n + uses : -3]), *flat[-3:])
 
-    compiled = torch.compile(step, fullgraph=True)
+    def flattened(state: Lazy) -> Tensors:
+        return [x for part in state for x in ([part] if isinstance(part, Tensor) else part)]
 
-    def whole(state: Lazy, tokens: list[Tensor], position: Tensor) -> Lazy:
-        rows = due(position[:, 0], case.chunk)
-        if bool(rows.any()):
-            state = written(network, state, rows, position[:, 0] % case.chunk == 0)
-        return compiled(state, tokens, position)
+    def run(*args: Tensor) -> Any:
+        step: Any = lazy_step
+        y, after = step(*static, lazy(args[:-7]), *args[-7:])
+        return [y, *flattened(after)[3 * n : -1]]
 
-    return whole, lambda weights, momenta: begin(network, case.chunk, bounded, [w.clone() for w in weights], weights, momenta)
+    def whole(state: Tensors, tokens: Tensors, place: int) -> Tensors:
+        if due(place, case.chunk):
+            state = flattened(written(network, lazy(state), rows, positions[place][:, 0] % case.chunk == 0))
+        return [*state[: 3 * n], *code(*state, *tokens, positions[place])[1:], state[-1]]
+
+    start = flattened(begin(network, case.chunk, bounded, [w.clone() for w in weights], weights, momenta))
+    code = _built(run, [*start, *tokens, positions[0]])
+    return whole, start
 
 
 def _tokens(case: Case) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -69,18 +93,18 @@ def _tokens(case: Case) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
 def decoding(case: Case, bounded: bool, rounds: int) -> tuple[float, float, float]:
     """Median seconds a token, lazily and eagerly, and the median of the ratios of neighbouring chunks."""
     tokens, weights, momenta = _tokens(case)
-    places = [torch.full((case.batch, 1), n) for n in range(case.chunk, 2 * case.chunk)]
     times: list[list[float]] = []
     with torch.no_grad():
-        pair = [_lazy(case, bounded), _eager(case, bounded)]
-        states = [start(weights, momenta) for _, start in pair]
+        given = case, bounded, weights, momenta, tokens
+        pair = [_lazy(*given), _eager(*given)]
+        states = [start for _, start in pair]
         for _ in range(rounds + 1):
             row = []
             for i, (step, _) in enumerate(pair):
                 begun = time.perf_counter()
-                for place in places:
+                for place in range(case.chunk, 2 * case.chunk):
                     states[i] = step(states[i], tokens, place)
-                row.append((time.perf_counter() - begun) / len(places))
+                row.append((time.perf_counter() - begun) / case.chunk)
             times.append(row)
     lazy, eager = zip(*times[1:], strict=True)
     return statistics.median(lazy), statistics.median(eager), statistics.median(e / z for z, e in zip(lazy, eager, strict=True))

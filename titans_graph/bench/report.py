@@ -9,13 +9,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from titans_graph.bench import layer, memory
+from titans_graph.bench.decode import decoding
 from titans_graph.bench.memory import Case
 from titans_graph.errors import UsageError
 from titans_graph.runtime.denormals import flushed
@@ -80,6 +81,7 @@ def bench(case: Case, sizes: Sizes, parts: tuple[str, ...], peer: str | None, sa
         "speed": lambda: _speed(case, sizes),
         "growth": lambda: _growth(case, sizes),
         "length": lambda: _length(case, sizes),
+        "decode": lambda: _decode(case, sizes),
         "peer": lambda: _peer(sizes, peer) if peer else [],
     }
     found = []
@@ -112,6 +114,20 @@ def _length(case: Case, sizes: Sizes) -> list[Figure]:
     figures = [Figure(f"forward + backward a token, {n} tokens", t, "us") for n, t in times.items()]
     spread = max(times.values()) / min(times.values())
     return [*figures, Figure("slowest length over fastest", spread, "times", at_most=1.1)]
+
+
+def _decode(case: Case, sizes: Sizes) -> list[Figure]:
+    """One token, lazily and with every weight written: the update alone, and with the bound of the step as the component has it."""
+    figures = []
+    for batch, bounded in ((1, False), (1, True), (16, False), (16, True)):
+        lazy, eager, ratio = decoding(replace(case, batch=batch), bounded, sizes.rounds)
+        name = f"one token, {batch * case.heads} rows" + (", step bounded" if bounded else "")
+        figures += [
+            Figure(f"{name}: lazy", lazy * 1e6, "us"),
+            Figure(f"{name}: every weight written", eager * 1e6, "us"),
+            Figure(f"{name}: eager over lazy", ratio, "times", at_least=2.0),
+        ]
+    return figures
 
 
 def _layer(python: str, setting: str, tokens: int, rounds: int) -> dict[str, float]:

@@ -135,7 +135,7 @@ class Model(nn.Module):
             (name,) = self.compilation.inputs
             outputs, new = driver({name: layout.spread(x)}, nodes, layout.clock, layout.used)
         collected = [layout.collect(y) for y in outputs]
-        held: Nodes = Stepping(new, self._settled) if steps else new
+        held: Nodes = Stepping({n: {**t, **new[n]} for n, t in nodes.items()}, self._settled) if steps else new
         return self._result(collected), State(layout.position, layout.document, held, self.fingerprint, self._fresh)
 
     def _records(self, x: Tensor, state: State) -> bool:
