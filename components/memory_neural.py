@@ -338,10 +338,8 @@ class NeuralMemory(Component, nn.Module):
         start = [self.initial[n].expand(batch, *self.initial[n].shape) for n in self.names]
         rest = [torch.zeros_like(w) for w in start]
         given = (*form, *listed(state, self.names), start, rest, *tokens, clock.valid, clock.position)
-        if q.shape[2] == 1:
-            y, *ends = memory_step(*given)
-        else:
-            y, *ends = memory_scan(*given, kernel="reference" if p.kernel == "reference" else "auto")
+        kernel = "reference" if p.kernel == "reference" else "auto"
+        y, *ends = memory_step(*given) if q.shape[2] == 1 else memory_scan(*given, kernel=kernel)
         return y, named(self.names, *ends)
 
     def _opening_weights(self, state: State, clock: Clock) -> list[Tensor]:

@@ -98,7 +98,7 @@ def test_gradients_flow_from_a_state_of_single_tokens_on() -> None:
     grads = []
     for state in (stepped, whole):
         model.zero_grad()
-        streamed_from(model, x[:, 7:], [1, 12], state)[0].sin().sum().backward()
+        torch.autograd.backward(streamed_from(model, x[:, 7:], [1, 12], state)[0].sin().sum())
         grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     for a, b in zip(*grads, strict=True):
         assert (a - b).abs().max() <= 1e-9 * max(1.0, float(b.abs().max()))

@@ -117,7 +117,7 @@ def _length(case: Case, sizes: Sizes) -> list[Figure]:
 
 
 def _decode(case: Case, sizes: Sizes) -> list[Figure]:
-    """One token, lazily and with every weight written: the update alone, and with the bound of the step as the component has it."""
+    """One token, lazily and with every weight written; with the bound of the step it is what the component does."""
     figures = []
     for batch, bounded in ((1, False), (1, True), (16, False), (16, True)):
         lazy, eager, ratio = decoding(replace(case, batch=batch), bounded, sizes.rounds)
