@@ -12,16 +12,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
-from hypothesis import settings
+from hypothesis import currently_in_test_context, reject
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from torch import Tensor
 
 import titans_graph as tg
-from tests.properties.test_machine import HELD, TOLERANCE, WORDS, error
+from tests.properties.test_machine import HELD, TOLERANCE, WORDS, error, shorter
 from titans_graph.testing import strategies as tgs
 
-DIM, HEADS, LONGEST = 3, 2, 40
+DIM, HEADS, LONGEST, LARGEST = 3, 2, 40, 100.0
 
 Row = tuple[int, tuple[int, ...]]
 """Which initial weights a row started from, and the words it has read."""
@@ -46,8 +46,8 @@ class Memory(RuleBasedStateMachine):
     def start(self, network: Any, objective: Any, read: str, chunk: int, batch: int, gates: bool) -> None:
         self.network = network
         self.options = {"chunk": chunk, "objective": objective, "read": read}
-        self.words = [table(WORDS, HEADS, DIM, seed=i) for i in range(3)]
-        self.step = 0.02 * table(WORDS, HEADS, seed=3).sigmoid()
+        self.words = [0.7 * table(WORDS, HEADS, DIM, seed=i) for i in range(3)]
+        self.step = 0.005 * table(WORDS, HEADS, seed=3).sigmoid()
         self.gates = [F.logsigmoid(table(WORDS, HEADS, seed=4 + i)) for i in range(2)] if gates else []
         shapes = tg.fast_weights(network, DIM)
         self.weights = [{n: 0.5 * table(1, HEADS, *s, seed=9 + row) for n, s in shapes.items()} for row in range(batch)]
@@ -82,6 +82,11 @@ class Memory(RuleBasedStateMachine):
         read: list[Row] = [(start, (*old, *new.tolist())) for (start, old), new in zip(rows, words, strict=True)]
         for i, row in enumerate(read):
             want, end = self.run(torch.tensor([row[1]], dtype=torch.int64), self.begin([row]), None, "chunk")
+            # The function bounds no step: a memory that diverges makes any rounding as large as one likes.
+            known = all(float(t.abs().amax()) < LARGEST for t in (want, *pytree.tree_leaves(end)) if t.numel())
+            assert known or currently_in_test_context()
+            if not known:
+                reject()
             assert error(y[i], want[0, :, len(rows[i][1]) :]) <= TOLERANCE
             for part in ("weights", "momenta"):
                 for name, value in getattr(end, part).items():
@@ -121,5 +126,4 @@ class Memory(RuleBasedStateMachine):
 
 
 def test_any_order_of_operations_on_a_memory() -> None:
-    shorter = settings(max_examples=max(10, settings().max_examples // 2), stateful_step_count=12)
-    run_state_machine_as_test(Memory, settings=shorter)
+    run_state_machine_as_test(Memory, settings=shorter(10, 5))
