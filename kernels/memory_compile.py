@@ -8,8 +8,8 @@ and its dtype, and the number of chunks never enters. Without a C++ compiler on 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from titans_graph.kernels.memory_chunk import Form, memory_chunk, step_scale
+from titans_graph.kernels.turns import Building
 
 log = logging.getLogger("titans_graph.kernels")
 
@@ -33,8 +34,6 @@ FORWARD, ADVANCE, PULLBACK = "forward", "advance", "pullback"
 """What is built of a chunk: everything; only the state after it; and the vector-Jacobian product of everything."""
 
 _COMPILED: dict[Signature, Body] = {}
-_BUILDING = threading.RLock()
-"""Inductor builds one thing at a time; models may run in several threads."""
 
 COMING: dict[Signature, Callable[[], None]] = {}
 """Bodies that another process is building (:mod:`~titans_graph.kernels.memory_prebuild`): call to wait for one."""
@@ -99,7 +98,7 @@ def undisturbed(run: Callable[[], T]) -> T:
             return run()
 
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(same_stream).result()
+        return pool.submit(contextvars.copy_context().run, same_stream).result()
 
 
 @lru_cache(maxsize=1)
@@ -120,11 +119,12 @@ def compiled(key: tuple[object, ...], body: Body, args: Sequence[Tensor]) -> Bod
     if args[0].device.type == "cpu" and not compiler_available():
         return body
     signature = signature_of(key, args[0].device, [(a.dtype, tuple(a.shape)) for a in args])
-    with _BUILDING:
-        if signature not in _COMPILED:
-            COMING.pop(signature, lambda: None)()
-            _COMPILED[signature] = build(body, args)
-        return _COMPILED[signature]
+    if signature not in _COMPILED:
+        COMING.pop(signature, lambda: None)()
+        with Building():
+            if signature not in _COMPILED:
+                _COMPILED[signature] = build(body, args)
+    return _COMPILED[signature]
 
 
 def signature_of(key: tuple[object, ...], device: torch.device, args: Sequence[Argument]) -> Signature:

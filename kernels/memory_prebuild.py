@@ -41,6 +41,7 @@ from titans_graph.kernels.networks import Network, parse_network
 
 CHILDREN: list[subprocess.Popen[bytes]] = []
 _ASKED: set[Signature] = set()
+_ASKING = threading.Lock()
 
 
 def arguments(network: Network, rows: int, chunk: int, dim: int, dtype: torch.dtype) -> list[Argument]:
@@ -73,7 +74,10 @@ def prebuild(form: Form, needed: Sequence[str], rows: int, chunk: int, dim: int,
     }
     if _ASKED.issuperset(signatures.values()) or not compiler_available() or not _can_help(form):
         return
-    _ASKED.update(signatures.values())
+    with _ASKING:
+        if _ASKED.issuperset(signatures.values()):
+            return
+        _ASKED.update(signatures.values())
     mark = _mark(f"{torch.get_num_threads()} {signatures!r}")
     if mark is None or mark.exists():
         return

@@ -7,6 +7,7 @@ import functools
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
+from titans_graph.kernels.turns import Building, OutOfTurn, Running
 from titans_graph.lowering import Lowered
 from titans_graph.passes import Region
 from titans_graph.registry import Component
@@ -106,6 +108,7 @@ class CompiledRunner:
         self.reports: dict[str, RegionReport] = {}
         self.functions: dict[str, Function] = {}
         self.begun: set[tuple[int, bool]] = set()
+        self.lock = threading.Lock()
         self.works = compiler_works()
         if not self.works:
             _warn_once()
@@ -113,23 +116,30 @@ class CompiledRunner:
     def function(self, key: str, region: Region) -> Function:
         """The compiled function of a region (the generated one where nothing can be compiled)."""
         if key not in self.functions:
-            code = self.lowered.codes[key]
-            self.reports[key] = RegionReport(code.regions, region.kind)
-            function: Function = code.forward
-            if self.works:
-                function = torch.compile(function, fullgraph=True, backend=self._backend(key))
-            self.functions[key] = function
+            with self.lock:  # two threads must not compile two functions for one key
+                if key not in self.functions:
+                    self.functions[key] = self._made(key, region)
         return self.functions[key]
 
+    def _made(self, key: str, region: Region) -> Function:
+        code = self.lowered.codes[key]
+        self.reports[key] = RegionReport(code.regions, region.kind)
+        if not self.works:
+            function: Function = code.forward
+            return function
+        return _in_turn(torch.compile(code.forward, fullgraph=True, backend=self._backend(key)))
+
     def _backend(self, key: str) -> Callable[[fx.GraphModule, list[Tensor]], Any]:
-        """Inductor with a stop-watch and a counter."""
+        """Inductor with a stop-watch and a counter. The backward pass is built at once, in the same turn."""
+        from torch._functorch import config
         from torch._inductor.compile_fx import compile_fx
 
         def compile_region(module: fx.GraphModule, examples: list[Tensor]) -> Any:
-            start = time.perf_counter()
-            with _unguarded_sums():
-                compiled = compile_fx(module, examples, config_patches=self.options or None)
-            self.reports[key].variants.append(Variant(time.perf_counter() - start, self.warm))
+            with Building(at_once=True):
+                start = time.perf_counter()
+                with _unguarded_sums(), config.patch(force_non_lazy_backward_lowering=True):
+                    compiled = compile_fx(module, examples, config_patches=self.options or None)
+                self.reports[key].variants.append(Variant(time.perf_counter() - start, self.warm))
             return compiled
 
         return compile_region
@@ -165,6 +175,23 @@ class CompiledRunner:
     def report(self) -> Report:
         """The counters so far."""
         return Report(self.works, self.reports, 0)
+
+
+def _in_turn(function: Function) -> Function:
+    """The function beside others that run; where it has to be compiled while others run, called again with the turn to."""
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    def call(*args: Any) -> Any:
+        try:
+            with Running():
+                return function(*args)
+        except BackendCompilerFailed as error:
+            if not isinstance(error.inner_exception, OutOfTurn):
+                raise
+        with Building():
+            return function(*args)
+
+    return call
 
 
 @contextlib.contextmanager
@@ -210,9 +237,9 @@ def warm_up(model: Compiled, batch: int, training: bool) -> Report:
             y, _ = model(example(model, batch, tokens))
             if training:
                 outputs = y.values() if isinstance(y, dict) else [y]
-                sum(o.sum() for o in outputs).backward()
-    if training:
-        model.zero_grad(set_to_none=True)
+                # Not backward(): gradients that are being collected stay as they are.
+                parameters = [p for p in model.parameters() if p.requires_grad]
+                torch.autograd.grad(sum(o.sum() for o in outputs), parameters, allow_unused=True)
     runner.warm = True
     return runner.report()
 

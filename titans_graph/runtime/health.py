@@ -6,6 +6,7 @@ chunk by chunk; nothing that the model computes is changed.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -106,8 +107,11 @@ class _Look:
                 handle.remove()
 
     def _hook(self, name: str) -> Any:
+        mine = threading.get_ident()
+
         def hook(module: nn.Module, args: tuple[Any, ...], given: Mapping[str, Any], result: Any) -> None:
-            self._see(name, given, result)
+            if threading.get_ident() == mine:  # others may use the model meanwhile
+                self._see(name, given, result)
 
         return hook
 

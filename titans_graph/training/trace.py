@@ -8,6 +8,7 @@ one that is not finite for an input or parameter.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -126,7 +127,11 @@ class _Look:
                 handle.remove()
 
     def _before(self, name: str, calls: list[_Call]) -> Any:
+        mine = threading.get_ident()
+
         def hook(module: nn.Module, args: Any, given: Any) -> Any:
+            if threading.get_ident() != mine:  # others may use the model meanwhile
+                return None
             call = _Call(self, name)
             calls.append(call)
             return pytree.tree_map(call.enter, (args, given))
@@ -135,7 +140,11 @@ class _Look:
 
     @staticmethod
     def _after(calls: list[_Call]) -> Any:
+        mine = threading.get_ident()
+
         def hook(module: nn.Module, args: Any, result: Any) -> None:
+            if threading.get_ident() != mine:
+                return
             for leaf in pytree.tree_leaves(result):
                 calls[-1].leave(leaf)
 
