@@ -16,7 +16,8 @@ from contextvars import ContextVar, Token
 from types import TracebackType
 
 _TURN: ContextVar[str] = ContextVar("titans_graph_turn", default="")
-_CHANGED = threading.Condition()
+_LOCK = threading.Lock()  # taken itself where nothing is waited for: a third of the time
+_CHANGED = threading.Condition(_LOCK)
 _running = 0
 _building = False
 _waiting = 0
@@ -30,7 +31,7 @@ class Running:
         self.token: Token[str] | None = None
         if _TURN.get():
             return
-        with _CHANGED:
+        with _LOCK:
             while _building or _waiting:
                 _CHANGED.wait()
             _running += 1
@@ -41,9 +42,10 @@ class Running:
         if self.token is None:
             return
         _TURN.reset(self.token)
-        with _CHANGED:
+        with _LOCK:
             _running -= 1
-            _CHANGED.notify_all()
+            if _waiting:
+                _CHANGED.notify_all()
 
 
 class OutOfTurn(Exception):

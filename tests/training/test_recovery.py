@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -208,3 +209,25 @@ def test_a_second_ctrl_c_stops_at_once_and_harms_nothing(
     again(tmp_path)
     assert losses(tmp_path) == losses(reference)
     assert same(weights(tmp_path, 6), weights(reference, 6))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_of_torchrun_saves(tmp_path: Path, number: int) -> None:
+    """torchrun hands the signal on to its processes, which stop after the same step."""
+    out, program = tmp_path / "run", tmp_path / "program.py"
+    program.write_text(
+        "import sys\nfrom pathlib import Path\nfrom tests.training.data import quick, run\n"
+        "run(Path(sys.argv[1]), quick(steps=100_000, device='cpu'))\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(program), str(out)]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and len(losses(out)) < 5:
+            time.sleep(0.1)
+        process.send_signal(number)
+        process.wait()
+    found = checkpoint.newest(out, pytest.fail)
+    assert found is not None
+    assert found.step == len(losses(out)) >= 5
