@@ -18,7 +18,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from titans_graph.kernels.triton_common import add_dot, dot, grid_of, sequence_place, surprise, valid_slots
+from titans_graph.kernels.triton_common import add_dot, dot, grid_of, sequence_place, surprise
 from titans_graph.kernels.triton_config import Config, Kernel, Sizes
 
 
@@ -29,8 +29,18 @@ def columns_of(rows: tl.constexpr, D: tl.constexpr, V: tl.constexpr):
 
 
 @triton.jit
+def holds(span, start, T: tl.constexpr):
+    """Which of ``T`` slots from ``start`` of a chunk hold a token, ``[T, 1]``; ``span``: its entry in the plan.
+
+    No load stands before the tokens', as one of the plan's ``valid`` would: those of the next chunk can be asked for early.
+    """
+    i = start + tl.arange(0, T)[:, None]
+    return (i >= span % 65536) & (i < span // 65536)
+
+
+@triton.jit
 def linear_scan_kernel(
-    q, k, v, mix, vectors, ends, valid, sequences, chunks, m, s, start_m, start_s, anchor,
+    q, k, v, mix, vectors, ends, sequences, chunks, m, s, start_m, start_s, anchor,
     y, states, moving, deltas, m_out, s_out, anchor_out, stride, heads,
     C: tl.constexpr, D: tl.constexpr, V: tl.constexpr, T: tl.constexpr, OBJECTIVE: tl.constexpr, PARAMETER: tl.constexpr,
     READ: tl.constexpr, RESUMED: tl.constexpr, RESTARTS: tl.constexpr, FUSED: tl.constexpr, SAVE: tl.constexpr,
@@ -43,7 +53,6 @@ def linear_scan_kernel(
     number, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     operand = k.dtype.element_ty
     first = tl.load(sequences + number * 5) + h * stride
-    where = tl.load(sequences + number * 5 + 1)
     length = tl.load(sequences + number * 5 + 2)
     base = tl.load(sequences + number * 5 + 3)
     last_first = tl.load(sequences + number * 5 + 4)
@@ -58,17 +67,21 @@ def linear_scan_kernel(
         tl.store(anchor_out + row + cell, tl.load(anchor + row + cell))
     count = (length + C - 1) // C
     ahead = tl.load(chunks + base * 4 + 2, mask=count > 0, other=0)
+    span_ahead = tl.load(chunks + base * 4 + 3, mask=count > 0, other=0)
+    if RESTARTS:
+        if (ahead & 2) != 0:
+            now = tl.load(start_m + row + cell)
+            moves = tl.load(start_s + row + cell)
     for c in range(0, count):
         n = base + c
         at = n * heads + h
         flags = ahead
+        span = span_ahead
         ahead = tl.load(chunks + n * 4 + 6, mask=c + 1 < count, other=0)
-        if RESTARTS:
-            if (flags & 2) != 0:
-                now = tl.load(start_m + row + cell)
-                moves = tl.load(start_s + row + cell)
+        span_ahead = tl.load(chunks + n * 4 + 7, mask=c + 1 < count, other=0)
+        seldom = row + tl.minimum(flags, 0)
         if c == last_first:
-            tl.store(anchor_out + row + cell, now)
+            tl.store(anchor_out + seldom + cell, now)
         now_in = now.to(operand)
         moves_in = moves.to(operand)
         if SAVE:
@@ -77,13 +90,13 @@ def linear_scan_kernel(
         held = now_in
         if RESUMED:
             if (flags & 1) == 0:
-                held = tl.load(anchor + row + cell).to(operand)
+                held = tl.load(anchor + seldom + cell).to(operand)
         now = tl.load(ends + at * 4) * now + tl.load(ends + at * 4 + 1) * moves
         moves = tl.load(ends + at * 4 + 2) * moves
         for j in tl.static_range(C // T):
             start = first + c * C + j * T
             left = length - c * C - j * T
-            ok = valid_slots(valid, where + c * C + j * T, left, T)[:, None]
+            ok = holds(span, j * T, T)
             keys = tl.load(k + start * D + tokens, mask=ok, other=0.0)
             targets = tl.load(v + start * D + values, mask=ok, other=0.0).to(tl.float32)
             delta = tl.where(ok, surprise(dot(keys, held), targets, OBJECTIVE, PARAMETER), 0.0)
@@ -104,19 +117,27 @@ def linear_scan_kernel(
                 tl.store(y + start * D + values, tl.where(ok, answer, 0.0).to(operand), mask=i[:, None] < left)
             now = add_dot(now, tl.trans(keys), delta_m)
             moves = add_dot(moves, tl.trans(keys), delta_s)
+        if RESTARTS:
+            # In two steps: a state that a branch replaces would be carried in the layout of every store and load as well.
+            if (ahead & 2) != 0:
+                now = tl.zeros([D, V], tl.float32)
+                moves = tl.zeros([D, V], tl.float32)
+            if (ahead & 2) > 1:
+                now += tl.load(start_m + seldom + cell)
+                moves += tl.load(start_s + seldom + cell)
     tl.store(m_out + row + cell, now)
     tl.store(s_out + row + cell, moves)
 
 
 @triton.jit
 def linear_read_kernel(
-    q, k, mix, vectors, valid, sequences, chunks, states, moving, deltas, anchor, y, stride, heads,
+    q, k, mix, vectors, sequences, chunks, states, moving, deltas, anchor, y, stride, heads,
     C: tl.constexpr, D: tl.constexpr, V: tl.constexpr, T: tl.constexpr, READ: tl.constexpr, RESUMED: tl.constexpr,
 ):  # fmt: skip
     """``y`` of ``T`` tokens of a chunk and head, in ``V`` value columns."""
     tile, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     n, t = tile // (C // T), tile % (C // T)
-    number, flags, first, where, length = sequence_place(sequences, chunks, n, h, stride, C)
+    number, flags, first, _, length = sequence_place(sequences, chunks, n, h, stride, C)
     if number < 0:
         return
     operand = q.dtype.element_ty
@@ -125,7 +146,8 @@ def linear_read_kernel(
     values = columns_of(T, D, V)
     cell = columns_of(D, D, V)
     i = tl.arange(0, T)
-    ok = valid_slots(valid, where + t * T, length - t * T, T)[:, None]
+    span = tl.load(chunks + n * 4 + 3)
+    ok = holds(span, t * T, T)
     queries = tl.load(q + (first + t * T) * D + tokens, mask=ok, other=0.0)
     if READ == "chunk":
         held = tl.load(states + at * D * D + cell)
@@ -139,7 +161,7 @@ def linear_read_kernel(
         answer += tl.load(gates + C)[:, None] * dot(queries, tl.load(moving + at * D * D + cell))
         # Later tokens have no weight.
         for j in range(0, t + 1):
-            seen = valid_slots(valid, where + j * T, length - j * T, T)[:, None]
+            seen = holds(span, j * T, T)
             keys = tl.load(k + (first + j * T) * D + tokens, mask=seen, other=0.0)
             weighting = tl.load(mix + (at * C + t * T) * C + j * T + i[:, None] * C + i[None, :]).to(tl.float32)
             weighting = -weighting * dot(queries, tl.trans(keys))
@@ -148,7 +170,7 @@ def linear_read_kernel(
     tl.store(y + (first + t * T) * D + values, tl.where(ok, answer, 0.0).to(operand), mask=inside)
 
 
-TABLES = {"valid": "*i8", "sequences": "*i64", "chunks": "*i32"}
+TABLES = {"sequences": "*i64", "chunks": "*i32"}
 """Types of the plan's tables."""
 
 

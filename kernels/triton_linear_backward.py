@@ -30,21 +30,20 @@ from titans_graph.kernels.triton_common import (
     sequence_place,
     surprise_by_value,
     surprise_slope,
-    valid_slots,
 )
 from titans_graph.kernels.triton_config import Config, Kernel, Sizes
-from titans_graph.kernels.triton_linear import argument_types, columns_of, constants, supported
+from titans_graph.kernels.triton_linear import argument_types, columns_of, constants, holds, supported
 
 
 @triton.jit
 def linear_delta_backward_kernel(
-    q, k, d_y, mix, valid, sequences, chunks, d_deltas, stride, heads,
+    q, k, d_y, mix, sequences, chunks, d_deltas, stride, heads,
     C: tl.constexpr, D: tl.constexpr, V: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """What reading adds to the cotangents of the deltas of ``T`` tokens, in ``V`` value columns."""
     tile, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     n, t = tile // (C // T), tile % (C // T)
-    number, _, first, where, length = sequence_place(sequences, chunks, n, h, stride, C)
+    number, _, first, _, length = sequence_place(sequences, chunks, n, h, stride, C)
     if number < 0:
         return
     operand = k.dtype.element_ty
@@ -52,11 +51,12 @@ def linear_delta_backward_kernel(
     tokens = grid_of(T, D)
     values = columns_of(T, D, V)
     i = tl.arange(0, T)
-    ok = valid_slots(valid, where + t * T, length - t * T, T)[:, None]
+    span = tl.load(chunks + n * 4 + 3)
+    ok = holds(span, t * T, T)
     keys = tl.load(k + (first + t * T) * D + tokens, mask=ok, other=0.0)
     total = tl.zeros([T, V], tl.float32)
     for j in range(t, C // T):
-        asks = valid_slots(valid, where + j * T, length - j * T, T)[:, None]
+        asks = holds(span, j * T, T)
         queries = tl.load(q + (first + j * T) * D + tokens, mask=asks, other=0.0)
         d_answer = tl.load(d_y + (first + j * T) * D + values, mask=asks, other=0.0)
         # W of later tokens' rows, transposed.
@@ -68,7 +68,7 @@ def linear_delta_backward_kernel(
 
 @triton.jit
 def linear_reverse_kernel(
-    q, k, d_y, vectors, ends, valid, sequences, chunks, deltas, d_deltas, d_m_out, d_s_out, d_anchor_out,
+    q, k, d_y, vectors, ends, sequences, chunks, deltas, d_deltas, d_m_out, d_s_out, d_anchor_out,
     d_v, d_states, d_moving, d_m, d_s, d_anchor, d_start_m, d_start_s, stride, heads,
     C: tl.constexpr, D: tl.constexpr, V: tl.constexpr, T: tl.constexpr, OBJECTIVE: tl.constexpr, PARAMETER: tl.constexpr,
     READ: tl.constexpr, RESUMED: tl.constexpr, RESTARTS: tl.constexpr,
@@ -77,7 +77,6 @@ def linear_reverse_kernel(
     number, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     operand = k.dtype.element_ty
     first = tl.load(sequences + number * 5) + h * stride
-    where = tl.load(sequences + number * 5 + 1)
     length = tl.load(sequences + number * 5 + 2)
     base = tl.load(sequences + number * 5 + 3)
     last_first = tl.load(sequences + number * 5 + 4)
@@ -92,28 +91,33 @@ def linear_reverse_kernel(
     if count > 0:
         tl.store(d_states + ((base + count - 1) * heads + h) * D * D + cell, now.to(operand))
         tl.store(d_moving + ((base + count - 1) * heads + h) * D * D + cell, moves.to(operand))
-    late = 0
+    late = count * 0 - 1
     restarts = 0
     ahead = tl.load(chunks + (base + count) * 4 - 2, mask=count > 0, other=0)
+    span_ahead = tl.load(chunks + (base + count) * 4 - 1, mask=count > 0, other=0)
     for back in range(0, count):
         c = count - 1 - back
         n = base + c
         at = n * heads + h
         flags = ahead
+        span = span_ahead
         ahead = tl.load(chunks + n * 4 - 2, mask=c > 0, other=0)
+        span_ahead = tl.load(chunks + n * 4 - 1, mask=c > 0, other=0)
+        seldom = row + tl.minimum(flags, 0)
         now_in = now.to(operand)
         moves_in = moves.to(operand)
         moves = tl.load(ends + at * 4 + 1) * now + tl.load(ends + at * 4 + 2) * moves
         now = tl.load(ends + at * 4) * now
+        begins = tl.full([1, 1], 1, tl.int1)
         if RESUMED:
-            # The cotangent of the weights at which gradients are taken, apart: they may be the entry's anchor.
-            held = tl.zeros([D, V], tl.float32)
-            some = 0
+            begins = begins & ((flags & 1) != 0)
+            # The only such chunk of the sequence: later ones begin where their first token is, or are empty.
+            if ((flags & 1) == 0) & (span // 65536 > span % 65536):
+                late = c
         for j in tl.static_range(C // T):
             start = first + c * C + j * T
             left = length - c * C - j * T
-            fine = valid_slots(valid, where + c * C + j * T, left, T)
-            ok = fine[:, None]
+            ok = holds(span, j * T, T)
             keys = tl.load(k + start * D + tokens, mask=ok, other=0.0)
             queries = tl.load(q + start * D + tokens, mask=ok, other=0.0)
             d_answer = tl.load(d_y + start * D + values, mask=ok, other=0.0)
@@ -131,29 +135,14 @@ def linear_reverse_kernel(
             if READ != "chunk":
                 now = add_dot(now, tl.trans(queries), (tl.load(gates)[:, None] * d_answer).to(operand))
                 moves = add_dot(moves, tl.trans(queries), (tl.load(gates + C)[:, None] * d_answer).to(operand))
-            d_seen = tl.where(ok, surprise_slope(delta, OBJECTIVE, PARAMETER) * d_delta, 0.0).to(operand)
-            if RESUMED:
-                some += tl.sum(fine.to(tl.int32))
-                if READ == "chunk":
-                    held = add_dot(held, tl.trans(queries), d_answer)
-                if OBJECTIVE != "dot":
-                    held = add_dot(held, tl.trans(keys), d_seen)
-            else:
-                if READ == "chunk":
-                    now = add_dot(now, tl.trans(queries), d_answer)
-                if OBJECTIVE != "dot":
-                    now = add_dot(now, tl.trans(keys), d_seen)
-        if RESUMED:
-            if (flags & 1) != 0:
-                now += held
-            elif some > 0:
-                # The only such chunk of the sequence: later ones begin where their first token is, or are empty.
-                late = 1
-                if last_first < 0:
-                    held += tl.load(d_anchor_out + row + cell)
-                tl.store(d_anchor + row + cell, held)
+            # Where gradients are not taken at the chunk's first weights, what they give is found below.
+            if READ == "chunk":
+                now = add_dot(now, tl.trans(queries), tl.where(begins, d_answer, 0.0))
+            if OBJECTIVE != "dot":
+                d_seen = tl.where(ok & begins, surprise_slope(delta, OBJECTIVE, PARAMETER) * d_delta, 0.0)
+                now = add_dot(now, tl.trans(keys), d_seen.to(operand))
         if c == last_first:
-            now += tl.load(d_anchor_out + row + cell)
+            now += tl.load(d_anchor_out + seldom + cell)
         if c > 0:
             tl.store(d_states + (at - heads) * D * D + cell, now.to(operand))
             tl.store(d_moving + (at - heads) * D * D + cell, moves.to(operand))
@@ -163,15 +152,12 @@ def linear_reverse_kernel(
                 if c > 0:
                     now = tl.zeros([D, V], tl.float32)
                     moves = tl.zeros([D, V], tl.float32)
-    if late == 0:
-        if last_first < 0:
-            tl.store(d_anchor + row + cell, tl.load(d_anchor_out + row + cell))
-        else:
-            tl.store(d_anchor + row + cell, tl.zeros([D, V], tl.float32))
+    # Not known before the loop's end, so that no address of what follows is kept in registers through the loop.
+    row_after = row + tl.minimum(ahead, 0)
     if RESTARTS:
         fresh = (tl.load(chunks + base * 4 + 2, mask=count > 0, other=0) & 2) != 0
-        tl.store(d_m + row + cell, tl.where(fresh, 0.0, now))
-        tl.store(d_s + row + cell, tl.where(fresh, 0.0, moves))
+        tl.store(d_m + row_after + cell, tl.where(fresh, 0.0, now))
+        tl.store(d_s + row_after + cell, tl.where(fresh, 0.0, moves))
         now = tl.where(fresh, now, 0.0)
         moves = tl.where(fresh, moves, 0.0)
         if restarts > 0:
@@ -182,22 +168,40 @@ def linear_reverse_kernel(
                     before = ((base + c - 1) * heads + h) * D * D + cell
                     now += tl.load(d_states + before).to(tl.float32)
                     moves += tl.load(d_moving + before).to(tl.float32)
-        tl.store(d_start_m + row + cell, now)
-        tl.store(d_start_s + row + cell, moves)
+        tl.store(d_start_m + row_after + cell, now)
+        tl.store(d_start_s + row_after + cell, moves)
     else:
-        tl.store(d_m + row + cell, now)
-        tl.store(d_s + row + cell, moves)
+        tl.store(d_m + row_after + cell, now)
+        tl.store(d_s + row_after + cell, moves)
+    held = tl.zeros([D, V], tl.float32)
+    if last_first < 0:
+        held = tl.load(d_anchor_out + row_after + cell)
+    if RESUMED:
+        if late >= 0:
+            # Other threads wrote what is read here.
+            tl.debug_barrier()
+            span = tl.load(chunks + (base + late) * 4 + 3)
+            for j in tl.static_range(C // T):
+                start = first + late * C + j * T
+                ok = holds(span, j * T, T)
+                if READ == "chunk":
+                    queries = tl.load(q + start * D + tokens, mask=ok, other=0.0)
+                    held = add_dot(held, tl.trans(queries), tl.load(d_y + start * D + values, mask=ok, other=0.0))
+                if OBJECTIVE != "dot":
+                    keys = tl.load(k + start * D + tokens, mask=ok, other=0.0)
+                    held -= dot(tl.trans(keys), tl.load(d_v + start * D + values, mask=ok, other=0.0))
+    tl.store(d_anchor + row_after + cell, held)
 
 
 @triton.jit
 def linear_query_backward_kernel(
-    q, k, d_y, mix, vectors, valid, sequences, chunks, states, moving, deltas, anchor, d_q, d_mix, d_vectors, stride, heads,
+    q, k, d_y, mix, vectors, sequences, chunks, states, moving, deltas, anchor, d_q, d_mix, d_vectors, stride, heads,
     C: tl.constexpr, D: tl.constexpr, V: tl.constexpr, T: tl.constexpr, READ: tl.constexpr, RESUMED: tl.constexpr,
 ):  # fmt: skip
     """dq of ``T`` tokens, and the cotangents of their rows of W, a0 and f."""
     tile, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     n, t = tile // (C // T), tile % (C // T)
-    number, flags, first, where, length = sequence_place(sequences, chunks, n, h, stride, C)
+    number, flags, first, _, length = sequence_place(sequences, chunks, n, h, stride, C)
     if number < 0:
         return
     operand = q.dtype.element_ty
@@ -206,7 +210,8 @@ def linear_query_backward_kernel(
     values = tl.arange(0, T)[:, None] * D + tl.arange(0, V)[None, :]
     cell = tl.arange(0, D)[:, None] * D + tl.arange(0, V)[None, :]
     i = tl.arange(0, T)
-    ok = valid_slots(valid, where + t * T, length - t * T, T)[:, None]
+    span = tl.load(chunks + n * 4 + 3)
+    ok = holds(span, t * T, T)
     here = d_y + (first + t * T) * D + values
     through = tl.zeros([T, D], tl.float32)
     if READ == "chunk":
@@ -238,7 +243,7 @@ def linear_query_backward_kernel(
             for b in range(0, D, V):
                 delta = tl.load(deltas + (at * C + j * T) * D + values + b)
                 pull = add_dot(pull, tl.load(here + b, mask=ok, other=0.0), tl.trans(delta))
-            seen = valid_slots(valid, where + j * T, length - j * T, T)[:, None]
+            seen = holds(span, j * T, T)
             keys = tl.load(k + (first + j * T) * D + tokens, mask=seen, other=0.0)
             tl.store(d_mix + block + j * T, (-pull * dot(queries, tl.trans(keys))).to(operand))
             pull = tl.load(mix + block + j * T).to(tl.float32) * pull
@@ -270,7 +275,7 @@ def ends_backward(states, moving, d_states, d_moving, d_ends, alive, D: tl.const
 
 @triton.jit
 def linear_key_backward_kernel(
-    q, k, d_y, d_v, mix, vectors, valid, sequences, chunks, states, moving, deltas, anchor, d_states, d_moving,
+    q, k, d_y, d_v, mix, vectors, sequences, chunks, states, moving, deltas, anchor, d_states, d_moving,
     d_k, d_vectors, d_ends, total, stride, heads,
     C: tl.constexpr, D: tl.constexpr, V: tl.constexpr, T: tl.constexpr, OBJECTIVE: tl.constexpr, READ: tl.constexpr,
     RESUMED: tl.constexpr, RESTARTS: tl.constexpr,
@@ -278,7 +283,7 @@ def linear_key_backward_kernel(
     """dk of ``T`` tokens, the cotangents of their w and u, and of the end's scalars; ``total``: chunks of the plan."""
     tile, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     n, t = tile // (C // T), tile % (C // T)
-    number, flags, first, where, length = sequence_place(sequences, chunks, n, h, stride, C)
+    number, flags, first, _, length = sequence_place(sequences, chunks, n, h, stride, C)
     if number < 0:
         return
     operand = q.dtype.element_ty
@@ -287,7 +292,8 @@ def linear_key_backward_kernel(
     values = tl.arange(0, T)[:, None] * D + tl.arange(0, V)[None, :]
     cell = tl.arange(0, D)[:, None] * D + tl.arange(0, V)[None, :]
     i = tl.arange(0, T)
-    ok = valid_slots(valid, where + t * T, length - t * T, T)[:, None]
+    span = tl.load(chunks + n * 4 + 3)
+    ok = holds(span, t * T, T)
     inside = i[:, None] < length - t * T
     alive = number >= 0
     if RESTARTS:
@@ -318,7 +324,7 @@ def linear_key_backward_kernel(
             minus = add_dot(minus, d_value, tl.trans(held))
     if READ != "chunk":
         for j in range(t, C // T):
-            asks = valid_slots(valid, where + j * T, length - j * T, T)[:, None]
+            asks = holds(span, j * T, T)
             pull = tl.zeros([T, T], tl.float32)
             for b in range(0, D, V):
                 d_answer = tl.load(d_y + (first + j * T) * D + values + b, mask=asks, other=0.0)

@@ -89,7 +89,7 @@ def forward(
     states, moving = (q.new_empty((count, *state.weights.shape[1:]) if kept else (0,)) for _ in range(2))
     saved = Saved(states, moving, q.new_empty((count, heads, sizes.chunk, sizes.dim) if kept else (0,)))
     y, after = torch.empty_like(q), State(*(torch.empty_like(x) for x in state))
-    tables = plan.valid, plan.sequences, plan.chunks
+    tables = plan.sequences, plan.chunks
     launch(
         "linear_fused" if fused else "linear_scan", linear_scan_kernel, sizes, lambda splits: (rows, heads, splits),
         (q, k, v, *g, *tables, state.weights, state.momenta, *_started(state, start_m, start_s), state.anchor,
@@ -130,7 +130,7 @@ def backward(
     q, k = tokens.q, tokens.k
     rows, heads, count = len(plan.sequences), plan.heads, len(plan.chunks)
     tiles = count * (sizes.chunk // token_tile(sizes))
-    tables = plan.valid, plan.sequences, plan.chunks
+    tables = plan.sequences, plan.chunks
     place = plan.stride, heads
     mixed = sizes.read != "chunk"
     d_q, d_k, d_v = (torch.empty_like(x) for x in tokens[:3])

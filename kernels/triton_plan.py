@@ -16,11 +16,15 @@ from torch import Tensor
 FIRST, RESTART = 1, 2
 """Flags of a chunk: it begins here (its weights become the anchor); its row restarts from the initial state."""
 
+SLOTS = 65536
+"""What the end of a chunk's tokens is multiplied by in its entry."""
+
 
 class Plan(NamedTuple):
     """``sequences`` int64 ``[S, 5]``: where head 0's first token lies, where its ``valid`` begins, number of slots, number of
     its first chunk, and the last chunk (counted in the sequence) that sets the anchor, or -1. ``chunks`` int32 ``[N, 4]``:
-    sequence (-1: unused), number in the sequence, flags. ``valid`` int8. ``stride``: tokens from one head to the next.
+    sequence (-1: unused), number in the sequence, flags, and the slots that hold tokens, which lie side by side: the first
+    and, times 65536, the one after the last. ``valid`` int8. ``stride``: tokens from one head to the next.
     """
 
     sequences: Tensor
@@ -42,7 +46,9 @@ def grid_plan(valid: Tensor, position: Tensor, chunk: int, heads: int) -> Plan:
     length = torch.full_like(row, slots)
     sequences = torch.stack([row * (heads * slots), row * slots, length, row * count, last], 1)
     flags = first * FIRST + restart * RESTART
-    chunks = torch.stack([row[:, None].expand_as(number), number, flags, torch.zeros_like(number)], -1)
+    slot = valid.view(batch, count, chunk).to(torch.int8)
+    lead = slot.argmax(-1)
+    chunks = torch.stack([row[:, None].expand_as(number), number, flags, lead + (lead + slot.sum(-1)) * SLOTS], -1)
     return Plan(sequences.contiguous(), chunks.view(-1, 4).int(), valid.contiguous().to(torch.int8), slots, heads)
 
 
@@ -60,7 +66,8 @@ def packed_plan(offsets: Tensor, tokens: int, chunk: int, heads: int) -> Plan:
     inside = sequence.clamp(max=len(start) - 1)
     number = n - (ends - counts)[inside]
     flags = torch.full_like(n, FIRST)
-    chunks = torch.stack([torch.where(used, inside, -1), number, flags, torch.zeros_like(n)], 1).int()
+    size = torch.where(used, (length[inside] - number * chunk).clamp(max=chunk), 0)
+    chunks = torch.stack([torch.where(used, inside, -1), number, flags, size * SLOTS], 1).int()
     sequences = torch.stack([start, start, length, ends - counts, counts - 1], 1)
     valid = torch.ones(tokens, dtype=torch.int8, device=offsets.device)
     return Plan(sequences.contiguous(), chunks, valid, tokens, heads)

@@ -127,3 +127,40 @@ def check(case: Case, run: Run, bars: dict[str, float] = FP32) -> None:
     plan = grid_plan(case.valid.to(DEVICE), case.position.to(DEVICE), case.chunk, heads)
     cotangents = [projections(case)[0].to(run.dtype).double(), *projections(case)[1:]]
     assert_agrees(ask(case, plan, run, cotangents), truth(case), bars)
+
+
+def ragged(case: Case, chunk: int) -> Case:
+    """Four rows of four chunks: begun before and ended early; two documents; begun in the second chunk; empty."""
+    slots = torch.arange(4 * chunk)
+    second = 2 * chunk
+    valid = torch.stack([
+        (slots >= 2) & (slots < second + 7),
+        (slots < chunk + 3) | ((slots >= second) & (slots < 4 * chunk - 5)),
+        slots >= chunk + 6,
+        slots < 0,
+    ])  # fmt: skip
+    position = torch.stack([slots + second, torch.where(slots < second, slots, slots - second), slots + chunk, slots])
+    return case._replace(valid=valid, position=position)
+
+
+COVER = [
+    ("l2", "after", 16, 16, Run(fused=True)),
+    ("dot", "before", 16, 32, Run()),
+    (HUBER, "before", 32, 16, Run()),
+    (HUBER, "chunk", 16, 32, Run(fused=True)),
+    ("l2", "chunk", 16, 16, Run()),
+]
+
+
+@pytest.mark.parametrize(("objective", "read", "chunk", "dim", "run"), COVER)
+def test_matches_the_scan(objective: Any, read: str, chunk: int, dim: int, run: Run) -> None:
+    check(make("linear", objective, read, chunk=chunk, slots=2 * chunk, batch=1, heads=3, dim=dim), run)
+
+
+@pytest.mark.parametrize(
+    ("objective", "read", "chunk", "dim", "fused"),
+    [("l2", "after", 16, 32, False), (HUBER, "before", 16, 16, True), ("dot", "chunk", 16, 16, False), (HUBER, "chunk", 16, 16, True)],
+)
+def test_rows_that_begin_and_end_anywhere(objective: Any, read: str, chunk: int, dim: int, fused: bool) -> None:
+    case = ragged(make("linear", objective, read, chunk=chunk, slots=4 * chunk, batch=4, heads=1, dim=dim), chunk)
+    check(case, Run(fused=fused, resumed=True))
