@@ -39,6 +39,51 @@ def holds(span, start, T: tl.constexpr):
 
 
 @triton.jit
+def weights_held(tile, anchor, flags, RESUMED: tl.constexpr):
+    """The weights at which gradients are taken: the chunk's first ones, or the entry's where it was begun before."""
+    if RESUMED:  # noqa: SIM102
+        if (flags & 1) == 0:
+            tile = tl.load(anchor).to(tile.dtype)
+    return tile
+
+
+@triton.jit
+def entry_state(m, s, start_m, start_s, flags, RESTARTS: tl.constexpr):
+    """The state before the first chunk: the given one, or that of a restart."""
+    now = tl.load(m)
+    moves = tl.load(s)
+    if RESTARTS:  # noqa: SIM102
+        if (flags & 2) != 0:
+            now = tl.load(start_m)
+            moves = tl.load(start_s)
+    return now, moves
+
+
+@triton.jit
+def restarted(now, moves, start_m, start_s, flags):
+    """The state before a later chunk. In two steps: one that a branch replaces would be carried in several layouts."""
+    if (flags & 2) != 0:
+        now = tl.zeros(now.shape, tl.float32)
+        moves = tl.zeros(moves.shape, tl.float32)
+    if (flags & 2) > 1:
+        now += tl.load(start_m)
+        moves += tl.load(start_s)
+    return now, moves
+
+
+@triton.jit
+def chunk_answer(queries, keys, delta, mix, gates, now, moves, held, C: tl.constexpr, READ: tl.constexpr):
+    """What all tokens of a chunk read, in the program's columns."""
+    if READ == "chunk":
+        answer = dot(queries, held)
+    else:
+        answer = tl.load(gates)[:, None] * dot(queries, now) + tl.load(gates + C)[:, None] * dot(queries, moves)
+        weighting = tl.load(mix + grid_of(C, C)).to(tl.float32) * dot(queries, tl.trans(keys))
+        answer = add_dot(answer, (-weighting).to(delta.dtype), delta)
+    return answer
+
+
+@triton.jit
 def linear_scan_kernel(
     q, k, v, mix, vectors, ends, sequences, chunks, m, s, start_m, start_s, anchor,
     y, states, moving, deltas, m_out, s_out, anchor_out, stride, heads,
@@ -61,41 +106,34 @@ def linear_scan_kernel(
     cell = columns_of(D, D, V)
     i = tl.arange(0, T)
     row = (number * heads + h) * D * D
-    now = tl.load(m + row + cell)
-    moves = tl.load(s + row + cell)
-    if last_first < 0:
-        tl.store(anchor_out + row + cell, tl.load(anchor + row + cell))
     count = (length + C - 1) // C
     ahead = tl.load(chunks + base * 4 + 2, mask=count > 0, other=0)
     span_ahead = tl.load(chunks + base * 4 + 3, mask=count > 0, other=0)
-    if RESTARTS:
-        if (ahead & 2) != 0:
-            now = tl.load(start_m + row + cell)
-            moves = tl.load(start_s + row + cell)
-    for c in range(0, count):
+    here = row + cell
+    now, moves = entry_state(m + here, s + here, start_m + here, start_s + here, ahead, RESTARTS)
+    if last_first < 0:
+        tl.store(anchor_out + here, tl.load(anchor + here))
+    for c in range(count):
         n = base + c
         at = n * heads + h
         flags = ahead
         span = span_ahead
         ahead = tl.load(chunks + n * 4 + 6, mask=c + 1 < count, other=0)
         span_ahead = tl.load(chunks + n * 4 + 7, mask=c + 1 < count, other=0)
-        seldom = row + tl.minimum(flags, 0)
+        # Not known before, so that the addresses of what seldom happens are not kept in registers through the loop.
+        seldom = cell + tl.minimum(flags, 0)
         if c == last_first:
-            tl.store(anchor_out + seldom + cell, now)
+            tl.store(anchor_out + row + seldom, now)
         now_in = now.to(operand)
         moves_in = moves.to(operand)
         if SAVE:
             tl.store(states + at * D * D + cell, now_in)
             tl.store(moving + at * D * D + cell, moves_in)
-        held = now_in
-        if RESUMED:
-            if (flags & 1) == 0:
-                held = tl.load(anchor + seldom + cell).to(operand)
+        held = weights_held(now_in, anchor + row + seldom, flags, RESUMED)
         now = tl.load(ends + at * 4) * now + tl.load(ends + at * 4 + 1) * moves
         moves = tl.load(ends + at * 4 + 2) * moves
         for j in tl.static_range(C // T):
             start = first + c * C + j * T
-            left = length - c * C - j * T
             ok = holds(span, j * T, T)
             keys = tl.load(k + start * D + tokens, mask=ok, other=0.0)
             targets = tl.load(v + start * D + values, mask=ok, other=0.0).to(tl.float32)
@@ -107,26 +145,18 @@ def linear_scan_kernel(
                 tl.store(deltas + (at * C + j * T) * D + values, delta.to(operand))
             if FUSED:
                 queries = tl.load(q + start * D + tokens, mask=ok, other=0.0)
-                if READ == "chunk":
-                    answer = dot(queries, held)
-                else:
-                    answer = tl.load(gates)[:, None] * dot(queries, now_in)
-                    answer += tl.load(gates + C)[:, None] * dot(queries, moves_in)
-                    weighting = tl.load(mix + at * C * C + grid_of(C, C)).to(tl.float32) * dot(queries, tl.trans(keys))
-                    answer = add_dot(answer, (-weighting).to(operand), delta.to(operand))
-                tl.store(y + start * D + values, tl.where(ok, answer, 0.0).to(operand), mask=i[:, None] < left)
+                answer = chunk_answer(
+                    queries, keys, delta.to(operand), mix + at * C * C, gates, now_in, moves_in, held, C, READ
+                )
+                inside = i[:, None] < length - c * C
+                tl.store(y + start * D + values, tl.where(ok, answer, 0.0).to(operand), mask=inside)
             now = add_dot(now, tl.trans(keys), delta_m)
             moves = add_dot(moves, tl.trans(keys), delta_s)
         if RESTARTS:
-            # In two steps: a state that a branch replaces would be carried in the layout of every store and load as well.
-            if (ahead & 2) != 0:
-                now = tl.zeros([D, V], tl.float32)
-                moves = tl.zeros([D, V], tl.float32)
-            if (ahead & 2) > 1:
-                now += tl.load(start_m + seldom + cell)
-                moves += tl.load(start_s + seldom + cell)
-    tl.store(m_out + row + cell, now)
-    tl.store(s_out + row + cell, moves)
+            now, moves = restarted(now, moves, start_m + row + seldom, start_s + row + seldom, ahead)
+    after = row + cell + tl.minimum(ahead, 0)
+    tl.store(m_out + after, now)
+    tl.store(s_out + after, moves)
 
 
 @triton.jit
@@ -151,16 +181,14 @@ def linear_read_kernel(
     queries = tl.load(q + (first + t * T) * D + tokens, mask=ok, other=0.0)
     if READ == "chunk":
         held = tl.load(states + at * D * D + cell)
-        if RESUMED:
-            if (flags & 1) == 0:
-                held = tl.load(anchor + (number * heads + h) * D * D + cell).to(operand)
+        held = weights_held(held, anchor + (number * heads + h) * D * D + cell, flags, RESUMED)
         answer = dot(queries, held)
     else:
         gates = vectors + at * 4 * C + t * T + i
         answer = tl.load(gates)[:, None] * dot(queries, tl.load(states + at * D * D + cell))
         answer += tl.load(gates + C)[:, None] * dot(queries, tl.load(moving + at * D * D + cell))
         # Later tokens have no weight.
-        for j in range(0, t + 1):
+        for j in range(t + 1):
             seen = holds(span, j * T, T)
             keys = tl.load(k + (first + j * T) * D + tokens, mask=seen, other=0.0)
             weighting = tl.load(mix + (at * C + t * T) * C + j * T + i[:, None] * C + i[None, :]).to(tl.float32)
@@ -184,12 +212,17 @@ def supported(sizes: Sizes) -> bool:
 
 def can_fuse(sizes: Sizes) -> bool:
     """For which sizes the scan can read as well."""
-    return supported(sizes) and sizes.chunk <= 64
+    return supported(sizes) and sizes.chunk <= 64 and sizes.dim <= 64
 
 
 def token_tile(sizes: Sizes) -> int:
-    """How many tokens a step of a kernel works on."""
+    """How many tokens a program of a kernel without order works on."""
     return min(sizes.chunk, 64)
+
+
+def scan_tile(sizes: Sizes) -> int:
+    """How many tokens a step of the scan and of the reverse scan works on."""
+    return min(sizes.chunk, 64 if sizes.dim > 128 or sizes.dtype == "fp32" else 128)
 
 
 def value_tile(sizes: Sizes, config: Config) -> int:
@@ -218,12 +251,12 @@ STATE = "vectors ends m s start_m start_s anchor m_out s_out anchor_out"
 
 def _scan(sizes: Sizes, config: Config) -> tuple[dict[str, str], dict[str, Any]]:
     types = argument_types(linear_scan_kernel, sizes, STATE)
-    return types, constants(linear_scan_kernel, sizes, config, FUSED=False, SAVE=True)
+    return types, constants(linear_scan_kernel, sizes, config, T=scan_tile(sizes), FUSED=False, SAVE=True)
 
 
 def _fused(sizes: Sizes, config: Config) -> tuple[dict[str, str], dict[str, Any]]:
     types = argument_types(linear_scan_kernel, sizes, STATE)
-    return types, constants(linear_scan_kernel, sizes, config, FUSED=True, SAVE=True)
+    return types, constants(linear_scan_kernel, sizes, config, T=scan_tile(sizes), FUSED=True, SAVE=True)
 
 
 def _read(sizes: Sizes, config: Config) -> tuple[dict[str, str], dict[str, Any]]:

@@ -14,14 +14,22 @@ import torch
 from torch import Tensor
 
 from titans_graph.kernels.triton_config import Config, Sizes, config
-from titans_graph.kernels.triton_host import Cotangents, Gates, State, Tokens, gates, gates_backward
-from titans_graph.kernels.triton_linear import can_fuse, constants, linear_read_kernel, linear_scan_kernel, token_tile, value_tile
+from titans_graph.kernels.triton_host import Cotangents, State, Tokens, gates, gates_backward
+from titans_graph.kernels.triton_linear import (
+    can_fuse,
+    constants,
+    linear_read_kernel,
+    linear_scan_kernel,
+    scan_tile,
+    token_tile,
+    value_tile,
+)
 from titans_graph.kernels.triton_linear_backward import (
     linear_delta_backward_kernel,
     linear_key_backward_kernel,
     linear_query_backward_kernel,
-    linear_reverse_kernel,
 )
+from titans_graph.kernels.triton_linear_reverse import linear_reverse_kernel
 from titans_graph.kernels.triton_plan import Plan
 
 
@@ -94,7 +102,7 @@ def forward(
         "linear_fused" if fused else "linear_scan", linear_scan_kernel, sizes, lambda splits: (rows, heads, splits),
         (q, k, v, *g, *tables, state.weights, state.momenta, *_started(state, start_m, start_s), state.anchor,
          y, *saved, after.weights, after.momenta, after.anchor, plan.stride, heads),
-        PARAMETER=parameter, RESTARTS=start_m is not None, FUSED=fused, SAVE=kept,
+        PARAMETER=parameter, T=scan_tile(sizes), RESTARTS=start_m is not None, FUSED=fused, SAVE=kept,
     )  # fmt: skip
     if not fused:
         tiles = count * (sizes.chunk // token_tile(sizes))
@@ -140,15 +148,16 @@ def backward(
             "linear_delta_backward", linear_delta_backward_kernel, sizes, lambda splits: (tiles, heads, splits),
             (q, k, d_y, g.mix, *tables, d_deltas, *place),
         )  # fmt: skip
-    d_state, start = State(*(torch.empty_like(x) for x in ends)), tuple(torch.empty_like(x) for x in ends[1:])
+    d_state = State(*(torch.empty_like(x) for x in ends))
+    d_start_m, d_start_s = torch.empty_like(ends.weights), torch.empty_like(ends.momenta)
     d_states, d_moving = torch.empty_like(saved.states), torch.empty_like(saved.moving)
     # Deltas are kept in the operands' type: one that was cut off there equals the rounded limit.
     limit = float(torch.tensor(parameter, dtype=q.dtype))
     launch(
         "linear_reverse", linear_reverse_kernel, sizes, lambda splits: (rows, heads, splits),
         (q, k, d_y, g.vectors, g.ends, *tables, saved.deltas, d_deltas, ends.weights, ends.momenta, ends.anchor,
-         d_v, d_states, d_moving, d_state.weights, d_state.momenta, d_state.anchor, *start, *place),
-        PARAMETER=limit, RESTARTS=restarts,
+         d_v, d_states, d_moving, d_state.weights, d_state.momenta, d_state.anchor, d_start_m, d_start_s, *place),
+        PARAMETER=limit, T=scan_tile(sizes), RESTARTS=restarts,
     )  # fmt: skip
     # Reading the chunk's first weights does not mix.
     d_mix, d_vectors = (torch.empty_like(x) if mixed else torch.zeros_like(x) for x in (g.mix, g.vectors))
@@ -163,5 +172,5 @@ def backward(
         RESTARTS=restarts,
     )  # fmt: skip
     d_gates = gates_backward(plan, sizes, tokens, g.ends.new_ones(count, heads), d_mix, d_vectors, d_ends)
-    d_start = start if restarts else (None, None)
-    return Cotangents(d_state, *d_start, Tokens(d_q, d_k, d_v, *d_gates))
+    of_tokens = Tokens(d_q, d_k, d_v, *d_gates)
+    return Cotangents(d_state, d_start_m if restarts else None, d_start_s if restarts else None, of_tokens)

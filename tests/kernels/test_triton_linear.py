@@ -22,7 +22,7 @@ if not available():
 from titans_graph.kernels.memory_objectives import parse_objective
 from titans_graph.kernels.triton_host import State, Tokens
 from titans_graph.kernels.triton_linear_host import backward, forward
-from titans_graph.kernels.triton_plan import Plan, grid_plan, packed_plan
+from titans_graph.kernels.triton_plan import SLOTS, Plan, grid_plan, packed_plan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HUBER = {"huber": {"delta": 0.3}}
@@ -37,8 +37,8 @@ FP16 = {**dict.fromkeys(NAMES, 0.01), "y": 0.005, **dict.fromkeys(NAMES[-3:], 0.
 @pytest.fixture(autouse=True)
 def _poisoned() -> Iterator[None]:
     """Memory that is allocated holds NaN."""
-    assert torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
+    assert bool(torch.empty(8).isnan().all())
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -129,38 +129,117 @@ def check(case: Case, run: Run, bars: dict[str, float] = FP32) -> None:
     assert_agrees(ask(case, plan, run, cotangents), truth(case), bars)
 
 
-def ragged(case: Case, chunk: int) -> Case:
-    """Four rows of four chunks: begun before and ended early; two documents; begun in the second chunk; empty."""
-    slots = torch.arange(4 * chunk)
-    second = 2 * chunk
+def ragged(case: Case) -> Case:
+    """Four rows of three chunks: begun before, ended in the second chunk; three documents, so that the row restarts inside;
+    begun in the second chunk; a few tokens of a chunk begun before and nothing else."""
+    chunk = case.chunk
+    slots = torch.arange(3 * chunk)
     valid = torch.stack([
-        (slots >= 2) & (slots < second + 7),
-        (slots < chunk + 3) | ((slots >= second) & (slots < 4 * chunk - 5)),
+        (slots >= 2) & (slots < chunk + 7),
+        (slots < 3) | ((slots >= chunk) & (slots < 2 * chunk)) | ((slots >= 2 * chunk) & (slots < 3 * chunk - 1)),
         slots >= chunk + 6,
-        slots < 0,
+        (slots >= chunk + 3) & (slots < chunk + 9),
     ])  # fmt: skip
-    position = torch.stack([slots + second, torch.where(slots < second, slots, slots - second), slots + chunk, slots])
+    position = torch.stack([slots + 2 * chunk, slots % chunk, slots + chunk, slots + chunk])
     return case._replace(valid=valid, position=position)
 
 
-COVER = [
-    ("l2", "after", 16, 16, Run(fused=True)),
-    ("dot", "before", 16, 32, Run()),
-    (HUBER, "before", 32, 16, Run()),
-    (HUBER, "chunk", 16, 32, Run(fused=True)),
-    ("l2", "chunk", 16, 16, Run()),
-]
-
-
-@pytest.mark.parametrize(("objective", "read", "chunk", "dim", "run"), COVER)
-def test_matches_the_scan(objective: Any, read: str, chunk: int, dim: int, run: Run) -> None:
-    check(make("linear", objective, read, chunk=chunk, slots=2 * chunk, batch=1, heads=3, dim=dim), run)
+def hostile(case: Case) -> Case:
+    """Keep and momentum exactly 0 (log -inf) and exactly 1, mixed; some steps exactly 0."""
+    g = torch.Generator().manual_seed(3)
+    tokens = dict(case.tokens)
+    for name in ("log_momentum", "log_keep"):
+        pick = torch.randint(0, 3, tokens[name].shape, generator=g)
+        gates = tokens[name].detach().masked_fill(pick == 0, -torch.inf)
+        tokens[name] = gates.masked_fill(pick == 1, 0.0).requires_grad_()
+    tokens["step"] = tokens["step"].detach().index_fill(2, torch.arange(0, case.valid.shape[1], 5), 0.0).requires_grad_()
+    return case._replace(tokens=tokens)
 
 
 @pytest.mark.parametrize(
-    ("objective", "read", "chunk", "dim", "fused"),
-    [("l2", "after", 16, 32, False), (HUBER, "before", 16, 16, True), ("dot", "chunk", 16, 16, False), (HUBER, "chunk", 16, 16, True)],
+    ("objective", "read", "dim", "run", "bars"),
+    [
+        ("dot", "before", 32, Run(), FP32),
+        ("l2", "chunk", 16, Run(), FP32),
+        (HUBER, "after", 16, Run(torch.float16, fused=True), FP16),
+        pytest.param("l2", "after", 32, Run(torch.float16), FP16, marks=pytest.mark.nightly),
+        pytest.param(HUBER, "chunk", 32, Run(fused=True), FP32, marks=pytest.mark.nightly),
+    ],
 )
-def test_rows_that_begin_and_end_anywhere(objective: Any, read: str, chunk: int, dim: int, fused: bool) -> None:
-    case = ragged(make("linear", objective, read, chunk=chunk, slots=4 * chunk, batch=4, heads=1, dim=dim), chunk)
+def test_whole_rows(objective: Any, read: str, dim: int, run: Run, bars: dict[str, float]) -> None:
+    check(make("linear", objective, read, chunk=16, slots=32, batch=1, heads=3, dim=dim), run, bars)
+
+
+@pytest.mark.parametrize(
+    ("objective", "read", "dim", "fused"),
+    [
+        ("l2", "after", 32, False),
+        (HUBER, "before", 16, True),
+        (HUBER, "chunk", 16, False),
+        pytest.param("dot", "after", 32, True, marks=pytest.mark.nightly),
+        pytest.param("dot", "chunk", 32, True, marks=pytest.mark.nightly),
+    ],
+)
+def test_rows_that_begin_restart_and_end_anywhere(objective: Any, read: str, dim: int, fused: bool) -> None:
+    case = ragged(make("linear", objective, read, chunk=16, slots=48, batch=4, heads=1, dim=dim))
     check(case, Run(fused=fused, resumed=True))
+
+
+@pytest.mark.parametrize("read", ["after", pytest.param("before", marks=pytest.mark.nightly)])
+def test_hostile_gates_and_chunks_of_several_tiles(read: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("triton_linear.token_tile", "triton_linear_host.token_tile", "triton_linear_host.scan_tile"):
+        monkeypatch.setattr(f"titans_graph.kernels.{place}", lambda sizes: 16)
+    case = hostile(make("linear", "l2", read, chunk=32, slots=64, batch=1, heads=2, dim=16))
+    check(case._replace(valid=torch.arange(64)[None] < 61), Run())
+
+
+@pytest.mark.parametrize("fused", [False, pytest.param(True, marks=pytest.mark.nightly)])
+def test_packed_sequences_are_as_if_run_apart(fused: bool) -> None:
+    lengths = [5, 0, 32, 19]
+    apart = rounded(make("linear", "l2", "after", chunk=16, slots=32, batch=4, heads=2, dim=16), torch.float32)
+    slots = torch.arange(32)
+    # Not position 0: a sequence begins with a state of its own, not with the initial one.
+    apart = apart._replace(valid=slots < torch.tensor(lengths)[:, None], position=(slots + 32).expand(4, 32).contiguous())
+    want, cotangents = truth(apart), projections(apart)
+
+    def packed(x: Tensor) -> Tensor:
+        return torch.cat([row[:, :n] for row, n in zip(x, lengths, strict=True)], 1)[None]
+
+    tokens = {n: packed(x) for n, x in apart.tokens.items()}
+    together = apart._replace(tokens=tokens, valid=torch.ones(1, sum(lengths), dtype=torch.bool))
+    offsets = torch.tensor([0, 5, 5, 37, 56], device=DEVICE)
+    plan = packed_plan(offsets, sum(lengths), 16, 2)
+    got = ask(together, plan, Run(fused=fused, restarts=False), [packed(cotangents[0]), *cotangents[1:]])
+    want = {n: packed(x) if x.shape[2] == 32 and n not in NAMES[1:9] else x for n, x in want.items()}
+    assert_agrees(got, want, FP32)
+
+
+def test_nothing_is_kept_unless_asked_for() -> None:
+    case = make("linear", chunk=16, slots=32, batch=1, heads=1, dim=16)
+    plan = grid_plan(case.valid.to(DEVICE), case.position.to(DEVICE), 16, 1)
+    tokens = Tokens(*(x.detach().float().to(DEVICE) for x in case.tokens.values()))
+    state = {n: x[0].detach().float().to(DEVICE) for n, x in case.state.items()}
+    entry, start = State(*(state[n] for n in State._fields)), (state["initial_weights"], state["initial_momenta"])
+    with override("linear_fused", Config(4, 1, 16)):
+        y, _, saved = forward(plan, Run().sizes(case), 0.0, tokens, entry, *start, save=False, fused=True)
+    assert saved is None
+    want = call(case)[0].detach()
+    assert float((y.double().cpu() - want).abs().max()) < 1e-5
+
+
+def test_the_comparison_can_fail() -> None:
+    want = {"y": torch.ones(3), "d_q": torch.zeros(3)}
+    assert_agrees(want, want, dict.fromkeys(want, 1e-5))
+    with pytest.raises(AssertionError, match="y: error"):
+        assert_agrees({**want, "y": torch.full((3,), 1.001)}, want, {"y": 1e-5})
+    with pytest.raises(AssertionError, match="d_q: error"):
+        assert_agrees({**want, "d_q": torch.full((3,), torch.nan)}, want, {"d_q": 1e-5})
+
+
+def test_the_plan_knows_where_tokens_lie() -> None:
+    case = ragged(make("linear", chunk=16, slots=48, batch=4, heads=1))
+    spans = grid_plan(case.valid, case.position, 16, 1).chunks[:, 3]
+    found = [(int(x) % SLOTS, int(x) // SLOTS) for x in spans]
+    assert found == [(2, 16), (0, 7), (0, 0), (0, 3), (0, 16), (0, 15), (0, 0), (6, 16), (0, 16), (0, 0), (3, 9), (0, 0)]
+    packed = packed_plan(torch.tensor([0, 5, 5, 37]), 37, 16, 1).chunks
+    assert [int(x) // SLOTS for x in packed[:, 3]] == [5, 16, 16, *[0] * (len(packed) - 3)]
