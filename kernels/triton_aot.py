@@ -156,8 +156,9 @@ def _amd(assembly: str) -> dict[str, int]:
     lines = [line for line in assembly.splitlines() if re.match(r"\s+[a-z]+_\w+", line)]
     counts = _counts(lines, r"\b(?:scratch_(?:load|store)\w*)", MATRIX["gfx942"])
     # The vector registers counted are those of both files, ordinary and of the matrix unit.
-    spilled = number("vgpr_spill_count") + number("sgpr_spill_count")
-    return {"registers": number("vgpr_count"), "stack": number("private_segment_fixed_size") + 4 * spilled, **counts}
+    # Scalar registers that spill go to lanes of vector registers, and where those run out to the stack, which is counted.
+    stack = number("private_segment_fixed_size") + 4 * number("vgpr_spill_count")
+    return {"registers": number("vgpr_count"), "stack": stack, **counts}
 
 
 def _counts(lines: Sequence[str], spills: str, matrix: str) -> dict[str, int]:

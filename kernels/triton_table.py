@@ -11,6 +11,7 @@ from titans_graph.kernels.triton_config import Rule
 LINEAR: tuple[Rule, ...] = (
     Rule("linear_scan", "sm_100", {"dim": 128}, {"num_warps": 8}),
     Rule("linear_scan", "gfx942", {"chunk": 128}, {"tile": 16}),
+    Rule("linear_fused", "sm_80", config={"num_warps": 8}),
     Rule("linear_fused", "sm_100", config={"num_warps": 8}),
     Rule("linear_reverse", "gfx942", {"chunk": 128}, {"num_warps": 4, "tile": 16}),
     Rule("linear_reverse", "gfx942", {"chunk": 64}, {"num_warps": 4}),
