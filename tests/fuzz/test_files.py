@@ -144,6 +144,21 @@ def test_all_tensors_have_as_many_rows(path: Path) -> None:
         load(path)
 
 
+def test_a_state_without_rows_says_nothing_about_capacity(tmp_path: Path) -> None:
+    """An axis of any length takes no bytes where another is 0; a call once made a list as long as it."""
+    model, path = files._model("transformer"), tmp_path / "s.safetensors"
+    model.initial_state(0).save(path)
+    header, content = unpacked(path.read_bytes())
+    for size in (2**40, 2**62):
+        for name, entry in header.items():
+            if name.endswith("/cache"):
+                entry["shape"][1] = size
+        path.write_bytes(packed(header, content))
+        state = tg.State.load(model, path)
+        assert model(example(model, 0, 2), state)[0].shape[:2] == (0, 2)
+        assert state.bytes == 0
+
+
 @pytest.mark.parametrize(
     "about", ["[]", "null", "{", "[" * 5000, '{"kind": "state"}', '{"kind": "state", "format": 1}', "\x1b[31m"]
 )

@@ -97,3 +97,36 @@ def test_rejecting_takes_memory_in_proportion_to_the_text(text: str) -> None:
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert most < 32 * len(text), f"{most:,} bytes for a text of {len(text):,}"
+
+
+class Scrubber:
+    """Stands for the pattern that takes control characters out of shown lines, and counts what it looks at."""
+
+    def __init__(self) -> None:
+        self.looked_at = 0
+
+    def sub(self, new: str, text: str) -> str:
+        """The text as it is."""
+        self.looked_at += len(text)
+        return text
+
+
+def test_a_line_is_made_fit_to_be_shown_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file may be one line with a hundred thousand values, each of which has a place in it."""
+    nodes = ", ".join(f"n{i}: {{use: nothing, in: x}}" for i in range(300))
+    text = f"{{titans_graph: 1, input: {{x: [B, T, 4]}}, output: n0, nodes: {{{nodes}}}}}"
+    scrubber = Scrubber()
+    monkeypatch.setattr("titans_graph.spec.tree._CONTROL", scrubber)
+    assert len(read_text(text).diagnostics) == 101
+    assert scrubber.looked_at < 3 * len(text)
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["lines", "one line"])
+def test_reading_four_times_as_much_is_about_four_times_the_work(wide: bool) -> None:
+    def graph(n: int) -> str:
+        if wide:
+            return f"graph g\nmain(x: [B, T, 4])\n  y = add(x=[{', '.join(['x'] * n)}])\n  -> y=y\n"
+        return "graph g\nmain(x: [B, T, 4])\n" + "".join(f"  n{i} = norm.rms(x=x)\n" for i in range(n)) + "  -> y=n0\n"
+
+    few, many = (calls(lambda n=n: tg.parse(graph(n))) for n in (100, 400))  # type: ignore[misc]
+    assert many <= 5.0 * few, (few, many)

@@ -39,7 +39,7 @@ def read(path: Path, what: str, error: type[TitansGraphError]) -> tuple[dict[str
         header = _header_bytes(path)
         with safe_open(path, framework="pt") as file:
             about = _about((file.metadata() or {}).get(_KEY, "{}"))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+            tensors = {key: _tensor(file, key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
         claimed = about.get("sha256")
         if claimed is not None and claimed != checksum(path, 8 + header):
             raise ValueError("its content does not match its checksum")
@@ -85,6 +85,15 @@ def _header_bytes(path: Path) -> int:
     if status.st_size < 8 or not 2 <= length <= min(LONGEST_HEADER, status.st_size - 8):
         raise ValueError(f"a header of {length} bytes in a file of {status.st_size}")
     return length
+
+
+def _tensor(file: Any, key: str) -> Tensor:
+    """One tensor; ValueError where torch has no such shape (it may be empty, with an axis of any length)."""
+    try:
+        tensor: Tensor = file.get_tensor(key)
+    except TypeError as error:
+        raise ValueError(str(error).partition("\n")[0]) from None
+    return tensor
 
 
 def _about(text: str) -> dict[str, Any]:

@@ -197,6 +197,8 @@ def _assemble(model: Model, tensors: dict[str, Tensor], path: Path) -> State:
     wrong = files.misfit(wanted, found) or _misplaced(position, document, [tensors[k] for k in model.growing])
     if wrong:
         raise StateError(f"{path} does not hold this model's state: {wrong}")
+    if batch == 0:
+        return model.initial_state(0)  # what has no rows takes no bytes, whatever capacity it says a cache has
     position, document = (files.copied(t, torch.device("cpu")) for t in (position, document))
     nodes = {n: {k: files.copied(tensors[f"nodes/{n}/{k}"], t.device) for k, t in ts.items()} for n, ts in one.nodes.items()}
     return State(position, document, nodes, model.fingerprint, one.fresh)

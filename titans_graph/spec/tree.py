@@ -77,11 +77,13 @@ class Source:
         self.name = name
         self.text = text
         self.lines = _BREAK.split(text)
+        self._shown: dict[int, str] = {}  # a file may be one line, and every value in it has a place
 
     def span(self, line: int, column: int, width: int = 1) -> Span:
         """The place of a 0-based line and column."""
-        shown = self.lines[line] if 0 <= line < len(self.lines) else ""
-        return Span(self.name, line + 1, column + 1, max(1, width), _CONTROL.sub("\ufffd", shown))
+        if line not in self._shown:
+            self._shown[line] = _CONTROL.sub("\ufffd", self.lines[line] if 0 <= line < len(self.lines) else "")
+        return Span(self.name, line + 1, column + 1, max(1, width), self._shown[line])
 
     def between(self, start: Any, end: Any) -> Span:
         """From one of PyYAML's marks to another; one character wide where it goes over several lines."""

@@ -14,6 +14,8 @@ from titans_graph.training.config import TrainConfig
 from titans_graph.training.interface import LanguageModel
 
 FILE = "run.json"
+_COMPARED = 4000
+"""Lines of two specs that are compared."""
 
 
 def identity(model: LanguageModel, text: Text, config: TrainConfig) -> dict[str, Any]:
@@ -96,8 +98,7 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """One line for each thing that differs between two identities; empty where they agree."""
     lines: list[str] = []
     if found["fingerprint"] != wanted["fingerprint"]:
-        changes = difflib.unified_diff(found["spec"].splitlines(), wanted["spec"].splitlines(), n=0, lineterm="")
-        shown = [line for line in changes if not line.startswith(("---", "+++", "@@"))]
+        shown = _changes(found["spec"].splitlines(), wanted["spec"].splitlines())
         lines += ["the spec (- there, + here):", *(f"  {line}" for line in shown[:12])]
         lines += [f"  and {len(shown) - 12} more lines"] if len(shown) > 12 else []
     there, here = found["data"], wanted["data"]
@@ -107,8 +108,19 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
             f"{here['name']!r} with {here['bytes']:,} here"
         )
     old, new = found["config"], wanted["config"]
-    lines += [f"{key}: {old.get(key)!r} there, {new.get(key)!r} here" for key in new | old if old.get(key) != new.get(key)]
+    lines += [
+        f"{key}: {old.get(key)!r:.60} there, {new.get(key)!r:.60} here" for key in new | old if old.get(key) != new.get(key)
+    ]
     return lines
+
+
+def _changes(there: list[str], here: list[str]) -> list[str]:
+    """The lines that differ, fit to be shown; comparing takes longer than the square of the lines, so not of any number."""
+    if len(there) + len(here) > _COMPARED:
+        return [f"- {len(there)} lines", f"+ {len(here)} lines"]
+    changes = difflib.unified_diff(there, here, n=0, lineterm="")
+    shown = (line[:160] for line in changes if not line.startswith(("---", "+++", "@@")))
+    return ["".join(c if c.isprintable() else "\ufffd" for c in line) for line in shown]
 
 
 def _read(run: Path) -> tuple[dict[str, Any] | None, str]:
