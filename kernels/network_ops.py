@@ -114,10 +114,18 @@ class Op:
     local: Callable[[Options, Tensor], Tensor] | None = None
 
 
+_LONGEST_WORD = 64
+
+
 def near(word: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown word: what is probably meant, or what there is."""
-    found = difflib.get_close_matches(word, list(known), n=1)
-    return f"did you mean {found[0]!r}?" if found else "known here: " + (", ".join(sorted(known)) or "none")
+    # Some of these words come from a description, and may be anything; comparing long ones is slow.
+    known = list(known)
+    found = difflib.get_close_matches(word[:_LONGEST_WORD], [name for name in known if len(name) <= _LONGEST_WORD], n=1)
+    if found:
+        return f"did you mean {found[0]!r}?"
+    shown = [(name if name.isprintable() else repr(name))[:40] for name in sorted(known)]
+    return "known here: " + (", ".join(shown[:24]) + (", ..." if len(shown) > 24 else "") or "none")
 
 
 NO_FORM: dict[str, str] = {

@@ -11,6 +11,7 @@ import torch
 import titans_graph as tg
 from tests.models import ALL, BLOCKS, MODELS, example, small
 from titans_graph.errors import UsageError
+from titans_graph.runtime.state import Stepping
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -200,3 +201,14 @@ def test_a_model_without_memory_for_its_numbers_runs_on_none() -> None:
     assert state.position.tolist() == [9, 9]
     with pytest.raises(tg.InputError, match="on cpu, the model on meta"):
         model(torch.zeros(2, 9, dtype=torch.int64))
+
+
+def test_a_call_does_not_settle_what_single_tokens_put_off() -> None:
+    """The check of a state's types looks at what is there; settling it writes all weights of all memories."""
+    model = small("lmm")
+    with torch.no_grad():
+        _, state = model(example(model, 1, 3))
+        _, state = model(example(model, 1, 1), state)
+        assert isinstance(state.nodes, Stepping)
+        model(example(model, 1, 1), state)
+        assert not state.nodes._settled

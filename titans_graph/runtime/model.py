@@ -242,7 +242,9 @@ class Model(nn.Module):
         reference = next(self.parameters(), None)
         if reference is None:
             return
-        for node, tensors in state.nodes.items():
+        # Not settled for the look: that would be the work which single tokens put off.
+        held = state.nodes.held if isinstance(state.nodes, Stepping) else state.nodes
+        for node, tensors in held.items():
             for key, t in tensors.items():
                 same = t.dtype == reference.dtype or not t.is_floating_point() or _autocast(x)
                 if t.device != reference.device or not same:
