@@ -105,16 +105,17 @@ def keep_anchor(m, anchor, D: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.const
 
 
 @triton.jit
-def advance_layer(m, s, m_states, s_states, place, behind, left_m, left_s, right, keep, push, surprise_end, more):
-    """One tile of one layer over a chunk: ``M' = A M + f S - left_m^T right``, ``S' = E S - left_s^T right``."""
+def advance_layer(m, s, m_states, s_states, place, behind, left, right, last, surprised, keep, push, surprise_end, more):
+    """One tile of one layer over a chunk: ``M' = A M + f S - left^T (w right)``, ``S' = E S - left^T (u right)``."""
+    operand = m_states.dtype.element_ty
     weights = tl.load(m + place)
     momenta = tl.load(s_states + place).to(tl.float32)
-    weights = keep * weights + push * momenta - dot(tl.trans(left_m), right)
-    momenta = surprise_end * momenta - dot(tl.trans(left_s), right)
+    weights = keep * weights + push * momenta - dot(tl.trans(left), (right * last).to(operand))
+    momenta = surprise_end * momenta - dot(tl.trans(left), (right * surprised).to(operand))
     tl.store(m + place, weights)
     if more:
-        tl.store(m_states + behind + place, weights.to(m_states.dtype.element_ty))
-        tl.store(s_states + behind + place, momenta.to(s_states.dtype.element_ty))
+        tl.store(m_states + behind + place, weights.to(operand))
+        tl.store(s_states + behind + place, momenta.to(operand))
     else:
         tl.store(s + place, momenta)
 
@@ -196,41 +197,28 @@ def mlp_scan_kernel(
             hidden = activation(dot(keys, one), ACT).to(operand)
             prediction = add_dot(prediction, hidden, tl.trans(two))
         delta = surprise(prediction, values, OBJECTIVE, PARAMETER)
-        delta_in = delta.to(operand)
-        tl.store(deltas + at * C * D + tokens, delta_in)
+        tl.store(deltas + at * C * D + tokens, delta.to(operand))
         last = tl.load(vectors + at * 4 * C + 2 * C + i)[:, None] * factor
         surprised = tl.load(vectors + at * 4 * C + 3 * C + i)[:, None] * factor
         keep = tl.load(ends + at * 4)
         push = tl.load(ends + at * 4 + 1)
         surprise_end = tl.load(ends + at * 4 + 2)
-        keys_m = (keys * last).to(operand)
-        keys_s = (keys * surprised).to(operand)
-        delta_m = (delta * last).to(operand)
-        delta_s = (delta * surprised).to(operand)
+        # Operands that are loaded need no registers: the delta comes back from memory, and w and u scale the tiles.
+        tl.debug_barrier()
+        delta_in = tl.load(deltas + at * C * D + tokens)
         more = c + 1 < count
         for j in range(0, HIDDEN, TILE):
             one = key_tile(now_m, anchor + row, tile + j, begins, RESUMED)
             two = key_tile(now_m + D * HIDDEN, anchor + row + D * HIDDEN, tile + j, begins, RESUMED)
             z = dot(keys, one)
-            delta_one = (activation_slope(z, ACT) * dot(delta_in, two)).to(operand)
-            hidden = activation(z, ACT).to(operand)
+            delta_one = activation_slope(z, ACT) * dot(delta_in, two)
+            hidden = activation(z, ACT)
             advance_layer(
-                m + row,
-                s + row,
-                now_m,
-                now_s,
-                tile + j,
-                heads * size,
-                keys_m,
-                keys_s,
-                delta_one,
-                keep,
-                push,
-                surprise_end,
-                more,
-            )
+                m + row, s + row, now_m, now_s, tile + j, heads * size, keys, delta_one, last, surprised,
+                keep, push, surprise_end, more,
+            )  # fmt: skip
             advance_layer(
-                m + row, s + row, now_m, now_s, tile + j + D * HIDDEN, heads * size, delta_m, delta_s, hidden,
+                m + row, s + row, now_m, now_s, tile + j + D * HIDDEN, heads * size, delta_in, hidden, last, surprised,
                 keep, push, surprise_end, more,
             )  # fmt: skip
         tl.debug_barrier()
@@ -286,8 +274,6 @@ def mlp_read_kernel(
         decay = tl.load(vectors + at * 4 * C + i)[:, None]
         push = tl.load(vectors + at * 4 * C + C + i)[:, None]
         first_part = (weighting * dot(queries, tl.trans(keys))).to(operand)
-        queries_m = (queries * decay).to(operand)
-        queries_s = (queries * push).to(operand)
         alike = tl.zeros([C, C], tl.float32)
         for j in range(0, HIDDEN, TILE):
             one = key_tile(now_m, start, tile + j, begins, RESUMED)
@@ -295,8 +281,9 @@ def mlp_read_kernel(
             z = dot(keys, one)
             delta_one = (activation_slope(z, ACT) * dot(delta, two)).to(operand)
             hidden = activation(z, ACT).to(operand)
-            z = dot(queries_s, tl.load(now_s + tile + j)) - dot(first_part, delta_one)
-            x = activation(add_dot(z, queries_m, tl.load(now_m + tile + j)), ACT)
+            # Rows are scaled after the products: scaled queries would be held in registers, plain ones are not.
+            z = decay * dot(queries, tl.load(now_m + tile + j)) + push * dot(queries, tl.load(now_s + tile + j))
+            x = activation(z - dot(first_part, delta_one), ACT)
             alike = add_dot(alike, x.to(operand), tl.trans(hidden))
             answer = add_dot(answer, (x * decay).to(operand), tl.trans(tl.load(now_m + D * HIDDEN + tile + j)))
             answer = add_dot(answer, (x * push).to(operand), tl.trans(tl.load(now_s + D * HIDDEN + tile + j)))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from titans_graph.kernels.triton_config import Config, Description, Kernel, Sizes, config
 from titans_graph.kernels.triton_gates import gates_backward_kernel, gates_kernel
+from titans_graph.kernels.triton_host import Cotangents, State, Tokens, gates, gates_backward
 from titans_graph.kernels.triton_mlp import mlp_read_kernel, mlp_scan_kernel
 from titans_graph.kernels.triton_mlp_backward import (
     mlp_alike_kernel,
@@ -26,14 +27,6 @@ from titans_graph.kernels.triton_mlp_reverse import mlp_key_backward_kernel, mlp
 from titans_graph.kernels.triton_plan import Plan
 
 
-class State(NamedTuple):
-    """The state of all sequences and heads, fp32 ``[S, H, 2, d, hidden]``: anchor, M, S."""
-
-    anchor: Tensor
-    weights: Tensor
-    momenta: Tensor
-
-
 class Saved(NamedTuple):
     """What forward leaves for backward, chunk by chunk; ``mix``, ``vectors`` and ``ends`` are made again from the gates."""
 
@@ -43,38 +36,25 @@ class Saved(NamedTuple):
     scale: Tensor
 
 
-class Tokens(NamedTuple):
-    """q, k, v ``[.., d]`` and the gates ``[..]`` of all tokens, in the plan's order."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    step: Tensor
-    log_momentum: Tensor
-    log_keep: Tensor
-
-
-class Gates(NamedTuple):
-    """W and what goes with it, as triton_gates.py makes them."""
-
-    mix: Tensor
-    vectors: Tensor
-    ends: Tensor
-
-
 BY_TILE = ("mlp_recall", "mlp_answer_backward")
 """Kernels with one program per tile of the hidden size."""
 
 
 def launch(name: str, kernel: Any, grid: tuple[int, ...], sizes: Sizes, *args: Any, **constants: Any) -> None:
-    """Launch a kernel with its configuration."""
+    """Launch a kernel with its configuration; where configurations are measured, on copies: some kernels change arguments."""
     if 0 in grid:
         return
-    chosen = config(name, sizes)
-    extra = {"TILE": tile_of(sizes, chosen)} if "TILE" in kernel.arg_names else {}
-    if name in BY_TILE:
-        grid = (*grid, sizes.hidden // extra["TILE"])
-    kernel[grid](*args, **constants, **extra, num_warps=chosen.num_warps, num_stages=chosen.num_stages)
+
+    def start(chosen: Config, given: tuple[Any, ...]) -> None:
+        extra = {"TILE": tile_of(sizes, chosen)} if "TILE" in kernel.arg_names else {}
+        programs = (*grid, sizes.hidden // extra["TILE"]) if name in BY_TILE else grid
+        kernel[programs](*given, **constants, **extra, num_warps=chosen.num_warps, num_stages=chosen.num_stages)
+
+    def run(chosen: Config) -> None:
+        start(chosen, tuple(x.clone() if isinstance(x, Tensor) else x for x in args))
+
+    # The tile of mlp_answer_backward is also the caller's, who makes room for a part from each.
+    start(config(name, sizes, run=None if name == "mlp_answer_backward" else run), args)
 
 
 def tile_of(sizes: Sizes, chosen: Config) -> int:
@@ -82,39 +62,21 @@ def tile_of(sizes: Sizes, chosen: Config) -> int:
     return min(chosen.tile or 32, sizes.hidden & -sizes.hidden)
 
 
-def gates(plan: Plan, sizes: Sizes, tokens: Tokens) -> Gates:
-    """The mixing of every chunk."""
-    count, heads, c = len(plan.chunks), plan.heads, sizes.chunk
-    step = tokens.step
-    mix = tokens.q.new_empty(count, heads, c, c)
-    vectors, ends = step.new_empty(count, heads, 4, c), step.new_empty(count, heads, 4)
-    launch(
-        "gates", gates_kernel, (count, heads), sizes, step, tokens.log_momentum, tokens.log_keep, plan.valid,
-        plan.sequences, plan.chunks, mix, vectors, ends, plan.stride, heads, C=c, SHIFT=sizes.read == "before",
-    )  # fmt: skip
-    return Gates(mix, vectors, ends)
-
-
-def gates_backward(
-    plan: Plan, sizes: Sizes, tokens: Tokens, scale: Tensor, d_mix: Tensor, d_vectors: Tensor, d_ends: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Cotangents of step, log momentum and log keep."""
-    count, heads, c = len(plan.chunks), plan.heads, sizes.chunk
-    step = tokens.step
-    rows = step.new_empty(count, heads, 2, c, c)
-    outputs = tuple(torch.empty_like(x) for x in tokens[3:])
-    launch(
-        "gates_backward", gates_backward_kernel, (count, heads), sizes, step, tokens.log_momentum, tokens.log_keep,
-        plan.valid, plan.sequences, plan.chunks, scale, d_mix, d_vectors, d_ends, rows, *outputs, plan.stride, heads,
-        C=c, SHIFT=sizes.read == "before",
-    )  # fmt: skip
-    return outputs[0], outputs[1], outputs[2]
-
-
 def forward(
-    plan: Plan, sizes: Sizes, parameter: float, tokens: Tokens, state: State, start_m: Tensor, start_s: Tensor
-) -> tuple[Tensor, State, Saved]:
-    """``y`` like q, the state after all tokens, and what backward needs. ``parameter``: the objective's number."""
+    plan: Plan,
+    sizes: Sizes,
+    parameter: float,
+    tokens: Tokens,
+    state: State,
+    start_m: Tensor,
+    start_s: Tensor,
+    *,
+    save: bool = True,
+) -> tuple[Tensor, State, Saved | None]:
+    """``y`` like q, the state after all tokens, and what backward needs (None without ``save``).
+
+    ``parameter``: the objective's number. ``start_m``, ``start_s``: the state of a restart.
+    """
     q, k, v = tokens[:3]
     count, heads, c = len(plan.chunks), plan.heads, sizes.chunk
     g = gates(plan, sizes, tokens)
@@ -133,16 +95,7 @@ def forward(
         "mlp_read", mlp_read_kernel, (count, heads), sizes, q, k, y, *tables, g.mix, g.vectors, m_states, s_states,
         state.anchor, deltas, scale, plan.stride, heads, **common, MIXED=sizes.read != "chunk",
     )  # fmt: skip
-    return y, State(anchor, m, s), Saved(m_states, s_states, deltas, scale)
-
-
-class Cotangents(NamedTuple):
-    """Of everything forward was given."""
-
-    state: State
-    start_m: Tensor
-    start_s: Tensor
-    tokens: Tokens
+    return y, State(anchor, m, s), Saved(m_states, s_states, deltas, scale) if save else None
 
 
 def backward(
@@ -162,7 +115,7 @@ def backward(
     into_m, into_s = torch.empty_like(saved.m_states), torch.empty_like(saved.s_states)
     hidden, slope, one, bend, d_one = (q.new_empty(count, heads, c, sizes.hidden) for _ in range(5))
     x, x_slope, d_hidden = (torch.empty_like(hidden) if mixed else hidden for _ in range(3))
-    d_two = torch.empty_like(saved.deltas) if mixed else saved.deltas
+    d_two = torch.empty_like(saved.deltas)
     first_part, pairs = (torch.empty_like(g.mix) if mixed else g.mix for _ in range(2))
     grid = count, heads
     states = saved.m_states, saved.s_states

@@ -108,7 +108,7 @@ def mlp_reverse_kernel(
 
     ``d_m``, ``d_s``, ``d_anchor`` fp32 ``[S, H, 2, d, hidden]``: at entry the cotangents of the final state, at the end those
     of the entry's. ``start_d_m``, ``start_d_s`` gather those of restarts. ``bend`` is replaced by the cotangent of layer 1's
-    product, ``d_delta_one`` is used up. Not ``MIXED``: of reading there is ``into_m`` alone.
+    product, ``d_delta_two`` by that of layer 2, ``d_delta_one`` is used up. Not ``MIXED``: reading gave ``into_m`` alone.
     """
     number, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     operand = k.dtype.element_ty
@@ -136,7 +136,6 @@ def mlp_reverse_kernel(
         slots = (first + c * C) * D
         ok = valid_slots(valid, where + c * C, length - c * C, C)
         keys = tl.load(k + slots + tokens, mask=ok[:, None], other=0.0)
-        delta = tl.load(deltas + at * C * D + tokens)
         minus = -tl.load(scale + at)
         last = tl.load(vectors + at * 4 * C + 2 * C + i)[:, None] * minus
         surprised = tl.load(vectors + at * 4 * C + 3 * C + i)[:, None] * minus
@@ -155,17 +154,21 @@ def mlp_reverse_kernel(
             tl.store(bend + wide + (columns + j), bent.to(operand))
             turn = (d_one * tl.load(slope + wide + (columns + j)).to(tl.float32)).to(operand)
             tl.store(d_delta_one + wide + (columns + j), turn)
+        tl.debug_barrier()
+        for j in range(0, HIDDEN, TILE):
             active = tl.load(hidden + wide + (columns + j))
             two = key_tile(now_m + layer, anchor + row + layer, tile + j, begins, RESUMED)
-            d_delta = add_dot(d_delta, turn, tl.trans(two))
+            d_delta = add_dot(d_delta, tl.load(d_delta_one + wide + (columns + j)), tl.trans(two))
             two = tl.load(d_m + row + layer + (tile + j)).to(operand)
             d_delta = add_dot(d_delta, (active * last).to(operand), tl.trans(two))
             two = tl.load(d_s + row + layer + (tile + j)).to(operand)
             d_delta = add_dot(d_delta, (active * surprised).to(operand), tl.trans(two))
+        delta = tl.load(deltas + at * C * D + tokens)
         inside = (i < length - c * C)[:, None]
         by_value = d_delta * surprise_by_value(delta.to(tl.float32), OBJECTIVE, PARAMETER)
         tl.store(d_v + slots + tokens, tl.where(ok[:, None], by_value, 0.0).to(operand), mask=inside)
         d_prediction = (d_delta * surprise_slope(delta.to(tl.float32), OBJECTIVE, PARAMETER)).to(operand)
+        tl.store(d_delta_two + at * C * D + tokens, d_prediction)
         delta_m = (delta * last).to(operand)
         delta_s = (delta * surprised).to(operand)
         keep = tl.load(ends + at * 4)
@@ -174,8 +177,6 @@ def mlp_reverse_kernel(
         restarts = (flags & 2) != 0
         anchored = c == last_first
         tl.debug_barrier()
-        # Loaded again rather than held in registers through the loop above.
-        keys = tl.load(k + slots + tokens, mask=ok[:, None], other=0.0)
         for j in range(0, HIDDEN, TILE):
             two = key_tile(now_m + layer, anchor + row + layer, tile + j, begins, RESUMED)
             d_x = dot(d_prediction, two)
@@ -186,6 +187,10 @@ def mlp_reverse_kernel(
             d_z = d_x * tl.load(slope + wide + (columns + j)).to(tl.float32)
             d_z = (d_z + tl.load(bend + wide + (columns + j)).to(tl.float32)).to(operand)
             tl.store(bend + wide + (columns + j), d_z)
+        tl.debug_barrier()
+        keys = tl.load(k + slots + tokens, mask=ok[:, None], other=0.0)
+        for j in range(0, HIDDEN, TILE):
+            d_z = tl.load(bend + wide + (columns + j))
             retreat_layer(
                 d_m + row, d_s + row, d_anchor + row, start_d_m + row, start_d_s + row, into_m + at * size,
                 into_s + at * size, tile + j, dot(tl.trans(keys), d_z), keep, push, surprise_end, begins, restarts, anchored,
@@ -194,6 +199,7 @@ def mlp_reverse_kernel(
         # Layer 2 in a loop of its own: d_x above needs its old cotangents, and together the two spill registers.
         tl.debug_barrier()
         delta = tl.load(deltas + at * C * D + tokens)
+        d_prediction = tl.load(d_delta_two + at * C * D + tokens)
         for j in range(0, HIDDEN, TILE):
             by_keys = dot(tl.trans(d_prediction), tl.load(hidden + wide + (columns + j)))
             by_keys = add_dot(by_keys, tl.trans(delta), tl.load(d_delta_one + wide + (columns + j)))
