@@ -103,9 +103,9 @@ class NeuralMemory(Component, nn.Module):
         )
         kernel: str = parameter(
             "auto",
-            doc="which implementation computes the memory; auto = chunk",
-            reason="reference is the token-by-token truth, slow",
-            choices=("auto", "chunk", "reference"),
+            doc="which implementation computes the memory; auto = triton on a GPU where there is such a kernel, else chunk",
+            reason="chunk runs everywhere; reference is the token-by-token truth, slow",
+            choices=("auto", "triton", "chunk", "reference"),
         )
 
         def __post_init__(self) -> None:
@@ -131,7 +131,7 @@ class NeuralMemory(Component, nn.Module):
     )
     stateful = True
     partial = True
-    default_kernel = "chunk"
+    default_kernel = "by device"
 
     @classmethod
     def infer(cls, site: Site) -> dict[str, Value]:
@@ -276,7 +276,7 @@ class NeuralMemory(Component, nn.Module):
     def prebuild(self, batch: int, training: bool) -> None:
         """Begin to build the bodies of the chunks."""
         p, weight = self.p, self.query.weight
-        if weight.device.type == "cpu" and p.kernel != "reference":
+        if weight.device.type == "cpu" and p.kernel in ("by device", "chunk"):
             form = form_of(p.network, p.objective, p.read, p.cap == "keys")
             needed = kinds(training=training, several=not self.opens or self.segment > p.chunk)
             prebuild(form, needed, batch * p.heads, p.chunk, self.size, weight.dtype)
@@ -338,7 +338,7 @@ class NeuralMemory(Component, nn.Module):
         start = [self.initial[n].expand(batch, *self.initial[n].shape) for n in self.names]
         rest = [torch.zeros_like(w) for w in start]
         given = (*form, *listed(state, self.names), start, rest, *tokens, clock.valid, clock.position)
-        kernel = "reference" if p.kernel == "reference" else "auto"
+        kernel = {"by device": "auto", "chunk": "portable"}.get(p.kernel, p.kernel)
         y, *ends = memory_step(*given) if q.shape[2] == 1 else memory_scan(*given, kernel=kernel)
         return y, named(self.names, *ends)
 

@@ -1,8 +1,8 @@
 """The neural memory as functions on tensors: a whole sequence, one token, or reading alone (arXiv 2501.00663).
 
-The dispatcher: a component calls :func:`memory_scan` and never knows which kernel runs. ``compiled`` (chunk bodies
-built by Inductor) inside a compiled region, ``chunk`` (the same bodies, eager) outside, ``reference`` by name. The
-choice is logged once by ``titans_graph.kernels``.
+The dispatcher: a component calls :func:`memory_scan` and never knows which kernel runs. ``triton`` for tensors on a GPU and
+memories it is made for; else the portable form: ``compiled`` (chunk bodies built by Inductor) inside a compiled region,
+``chunk`` (the same bodies, eager) outside; ``reference`` by name. The choice is logged once by ``titans_graph.kernels``.
 
 Shapes: ``B`` batch, ``H`` heads, ``G`` slots, ``d`` key and value size; fast weights, momenta and anchors are lists of
 ``[B, H, *shape]`` in the order of ``network.weights(d)``.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,11 +25,12 @@ from titans_graph.kernels.memory_objectives import Objective, parse_objective
 from titans_graph.kernels.memory_ops import EVERY, scan_op
 from titans_graph.kernels.memory_reference import memory_reference
 from titans_graph.kernels.networks import Network, Node, PlainUse, parse_network
+from titans_graph.kernels.triton_memory import memory_triton, refusal
 
 log = logging.getLogger("titans_graph.kernels")
 
 READS = ("after", "before", "chunk")
-KERNELS = ("auto", "reference", "chunk", "compiled")
+KERNELS = ("auto", "reference", "chunk", "compiled", "portable", "triton")
 
 Result = tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]
 
@@ -54,6 +56,7 @@ def memory_scan(
     position: Tensor,
     *,
     kernel: str = "auto",
+    resumed: bool = True,
 ) -> Result:
     """Write ``k``, ``v`` and read ``q`` for a whole grid of tokens: ``(y, anchor', weights', momenta')``.
 
@@ -65,23 +68,32 @@ def memory_scan(
 
     ``read``: ``after`` the token's own write, ``before`` it, or with the ``chunk``'s first weights. ``bounded`` divides
     the step by :func:`~titans_graph.kernels.memory_bound.step_bound` of the chunk's first weights. Gradients reach
-    every floating argument, from y and from the final state. ``kernel``: one of ``KERNELS``.
+    every floating argument, from y and from the final state. ``kernel``: one of ``KERNELS``; ``auto`` is ``triton`` for
+    tensors on a GPU where it knows the memory, else the portable form. Not ``resumed``: the caller knows that every chunk
+    with a token begins here, which saves the Triton kernels a second read of the weights.
 
-    Raises :class:`UsageError` for unknown names and a grid that is not a whole number of chunks.
+    Raises :class:`UsageError` for unknown names, a grid that is not a whole number of chunks, and a memory that
+    ``kernel="triton"`` does not know.
     """
     check_choices(read, kernel)
     # Not while tracing: the check would become a guard on the number of slots.
     if not torch.compiler.is_compiling() and (chunk < 1 or q.shape[2] % chunk != 0):
         raise UsageError(f"memory_scan needs a whole number of chunks of {chunk} slots; got {q.shape[2]} slots")
     dtype = weights[0].dtype
-    tokens = [x.to(dtype) for x in (q, k, v, step, log_momentum, log_keep)]
     state = [list(x) for x in (anchor, weights, momenta, initial_weights, initial_momenta)]
-    if kernel != "reference" and _transformed([*(x for xs in state for x in xs), *tokens]):
+    if kernel != "reference" and _transformed([*(x for xs in state for x in xs), q, k, v, step, log_momentum, log_keep]):
         raise UsageError("the memory's operators know reverse-mode gradients only; take kernel='reference' under torch.func")
+    operand = operand_type(q.dtype, dtype)
+    kernel = choose(kernel, network, objective, read, chunk, bounded, q.shape[-1], operand, q.is_cuda)
+    if kernel == "triton":
+        tokens = [*(x.to(operand) for x in (q, k, v)), step, log_momentum, log_keep]
+        y, *ends = memory_triton(
+            network, objective, read, chunk, bounded, state, tokens, (valid, position), resumed=resumed
+        )  # fmt: skip
+        return y.to(q.dtype), ends[0], ends[1], ends[2]
+    tokens = [x.to(dtype) for x in (q, k, v, step, log_momentum, log_keep)]
     if kernel == "reference":
         return _reference(network, objective, read, chunk, bounded, state, tokens, valid, position, q.dtype)
-    if kernel == "auto":
-        kernel = "compiled" if torch.compiler.is_compiling() else "chunk"
     flat = scan_op(
         network,
         objective,
@@ -103,6 +115,50 @@ def check_choices(read: str, kernel: str) -> None:
     """A UsageError for names that are not in ``READS`` and ``KERNELS``."""
     if read not in READS or kernel not in KERNELS:
         raise UsageError(f"read is one of {', '.join(READS)} and kernel one of {', '.join(KERNELS)}; got {read!r}, {kernel!r}")
+
+
+def operand_type(token: torch.dtype, weight: torch.dtype) -> torch.dtype:
+    """In what the Triton kernels multiply: half precision where the tokens have it, else the wider of the two types."""
+    return token if token.itemsize < 4 else torch.promote_types(token, weight)
+
+
+def choose(
+    kernel: str,
+    network: str,
+    objective: str,
+    read: str,
+    chunk: int,
+    bounded: bool,
+    dim: int,
+    operand: torch.dtype,
+    on_gpu: bool,
+) -> str:
+    """The kernel that runs; ``UsageError`` where Triton was asked for by name and does not know the memory."""
+    why = ""
+    if kernel == "triton" or (kernel == "auto" and on_gpu):
+        why = _refusal(network, objective, read, chunk, bounded, dim, operand)
+        if not why:
+            return "triton"
+        if kernel == "triton":
+            raise UsageError(f"kernel='triton': {why}")
+    if kernel in ("auto", "portable"):
+        kernel = "compiled" if torch.compiler.is_compiling() else "chunk"
+        if why and not torch.compiler.is_compiling():
+            _tell(kernel, network, why)
+    return kernel
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _refusal(network: str, objective: str, read: str, chunk: int, bounded: bool, dim: int, operand: torch.dtype) -> str:
+    why = refusal(network, objective, read, chunk, bounded, dim, operand)
+    if why and torch.compiler.is_compiling():
+        _tell("compiled", network, why)
+    return why
+
+
+@lru_cache(maxsize=64)
+def _tell(kernel: str, network: str, why: str) -> None:
+    log.info("memory_scan: kernel %s instead of triton for %s: %s", kernel, network, why)
 
 
 def _transformed(tensors: Sequence[Tensor]) -> bool:

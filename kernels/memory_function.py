@@ -128,20 +128,23 @@ def neural_memory(
     ``"before"`` it, or those of the ``"chunk"``'s start.
     state: from an earlier call, or :meth:`MemoryState.initial`; any split of a sequence gives the same numbers.
     kernel: ``reference`` (token by token), ``chunk``, ``compiled`` (chunk bodies built by Inductor once per shape, the
-    fastest on a CPU), ``auto``: ``compiled`` inside ``torch.compile``, else ``chunk``.
+    fastest on a CPU), ``triton`` (docs/kernels.md says for which memories), ``auto``: ``triton`` on a GPU where it can,
+    else ``portable``: ``compiled`` inside ``torch.compile``, ``chunk`` outside.
 
     Returns y ``[B, H, T, d]`` and the state after the last token. Gradients reach q, k, v, the gates, and the weights or the
     state's weights, momenta and anchor, in reverse and once; transforms of ``torch.func`` and forward-mode gradients take
     ``kernel="reference"``. A token that is not finite spoils its whole chunk. Raises :class:`UsageError` where shapes,
     names or settings do not fit.
     """
-    text, goal, shapes = _described(network, objective, q.shape[-1])
+    text, goal, shapes = described(network, objective, q.shape[-1])
     if state is None:
         if weights is None:
             raise UsageError("neural_memory needs weights, or a state")
         state = MemoryState.initial(weights)
-    step, log_momentum, log_keep = _gates(step, log_momentum, log_keep)
-    _check(text, dict(shapes), state, (q, k, v), (step, log_momentum, log_keep), chunk)
+    step, log_momentum, log_keep = complete_gates(step, log_momentum, log_keep)
+    kinds = {part: getattr(state, part) for part in _PARTS}
+    check_call(text, dict(shapes), kinds, q.shape[0], (q, k, v), (step, log_momentum, log_keep), chunk)
+    _check_phase(state, chunk)
     check_choices(read, kernel)
     state = replace(state, chunk=chunk)
     tokens = q.shape[2]
@@ -150,8 +153,8 @@ def neural_memory(
     names = [name for name, _ in shapes]
     lead = state.phase
     # A call within one chunk needs no more slots than that; compiled bodies would be built for every length.
-    compiles = kernel == "compiled" or torch.compiler.is_compiling()
-    size = chunk if compiles else min(chunk, lead + tokens)
+    fixed = kernel in ("compiled", "triton") or q.is_cuda or torch.compiler.is_compiling()
+    size = chunk if fixed else min(chunk, lead + tokens)
     slots = -(-(lead + tokens) // size) * size
     q, k, v, step, log_momentum, log_keep = (_spread(x, lead, slots) for x in (q, k, v, step, log_momentum, log_keep))
     place = torch.arange(slots, device=q.device)
@@ -161,8 +164,9 @@ def neural_memory(
     at, before, moving = ([named[n] for n in names] for named in (state.anchor, state.weights, state.momenta))
     form = text, goal, read, size, False
     y, *ends = memory_scan(
-        *form, at, before, moving, before, moving, q, k, v, step, log_momentum, log_keep, valid, position, kernel=kernel
-    )
+        *form, at, before, moving, before, moving, q, k, v, step, log_momentum, log_keep, valid, position, kernel=kernel,
+        resumed=lead > 0,
+    )  # fmt: skip
     anchor, now, momenta = (dict(zip(names, end, strict=True)) for end in ends)
     phase = (lead + tokens) % chunk
     y = y if slots == tokens else y[:, :, lead : lead + tokens]
@@ -170,15 +174,16 @@ def neural_memory(
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _described(
+def described(
     network: Description | Network, objective: Description | Objective, dim: int
 ) -> tuple[str, str, tuple[tuple[str, tuple[int, ...]], ...]]:
-    """Canonical texts, and names and shapes of the weights: plain constants, which a traced call may bring back."""
+    """Canonical texts of network and objective, names and shapes of the weights: constants, which tracing may bring back."""
     net = parse_network(network)
     return net.text(), parse_objective(objective).text(), tuple(net.weights(dim).items())
 
 
-def _gates(step: Tensor, log_momentum: Tensor | None, log_keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def complete_gates(step: Tensor, log_momentum: Tensor | None, log_keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """All three gates: without log_momentum there is none, without log_keep nothing is forgotten."""
     if log_momentum is None:
         log_momentum = torch.full_like(step, -torch.inf)
     return step, log_momentum, torch.zeros_like(step) if log_keep is None else log_keep
@@ -190,14 +195,16 @@ def _spread(x: Tensor, lead: int, slots: int) -> Tensor:
     return x if lead == after == 0 else F.pad(x, (*[0] * (2 * (x.dim() - 3)), lead, after))
 
 
-def _check(
+def check_call(
     text: str,
     shapes: Mapping[str, tuple[int, ...]],
-    state: MemoryState,
+    state: Mapping[str, Named],
+    rows: int,
     streams: tuple[Tensor, ...],
     gates: tuple[Tensor, ...],
     chunk: int,
 ) -> None:
+    """A :class:`UsageError` for tensors that do not fit each other; ``rows``: the first size of what ``state`` names."""
     q = streams[0]
     if q.dim() != 4 or any(x.shape != q.shape for x in streams):
         raise UsageError(f"q, k and v must have one shape [B, H, T, d]; got {_list(streams)}")
@@ -205,12 +212,12 @@ def _check(
         raise UsageError(
             f"step, log_momentum and log_keep must have the shape {list(q.shape[:3])} of q without d; got {_list(gates)}"
         )
-    expected = {n: (*q.shape[:2], *shape) for n, shape in shapes.items()}
-    for kind in ("weights", "momenta", "anchor"):
-        found = {n: tuple(w.shape) for n, w in getattr(state, kind).items()}
+    expected = {n: (rows, q.shape[1], *shape) for n, shape in shapes.items()}
+    for kind, named in state.items():
+        found = {n: tuple(w.shape) for n, w in named.items()}
         if found != expected:
             raise UsageError(f"{kind} of {text} must be {_shapes(expected)}; got {_shapes(found)}")
-    fast = [w for named in (state.weights, state.momenta, state.anchor) for w in named.values()]
+    fast = [w for named in state.values() for w in named.values()]
     devices = {x.device for x in (*fast, *streams, *gates)}
     if len(devices) > 1:
         raise UsageError(f"all tensors must be on one device; got {', '.join(sorted(map(str, devices)))}")
@@ -219,6 +226,9 @@ def _check(
         raise UsageError("tensors must be floating point, and the state's all of one type")
     if type(chunk) is not int or chunk < 1:
         raise UsageError(f"chunk must be a whole number of at least 1, not {chunk!r}")
+
+
+def _check_phase(state: MemoryState, chunk: int) -> None:
     if state.phase and state.chunk != chunk:
         raise UsageError(f"the state stands inside a chunk of {state.chunk} tokens and cannot go on with chunks of {chunk}")
     if not 0 <= state.phase < chunk:

@@ -52,15 +52,21 @@ def grid_plan(valid: Tensor, position: Tensor, chunk: int, heads: int) -> Plan:
     return Plan(sequences.contiguous(), chunks.view(-1, 4).int(), valid.contiguous().to(torch.int8), slots, heads)
 
 
+def packed_chunks(tokens: int, sequences: int, chunk: int) -> int:
+    """The most chunks that packed sequences of so many tokens can have."""
+    return tokens // chunk + sequences
+
+
 def packed_plan(offsets: Tensor, tokens: int, chunk: int, heads: int) -> Plan:
     """The plan of packed sequences; ``offsets`` int64 ``[S + 1]`` from 0 to ``tokens``, never falling.
 
-    There are at most ``tokens // chunk + S`` chunks; those left over are unused.
+    Chunks beyond the last one's are unused. Offsets that are not so are made so: no kernel leaves the tensors.
     """
-    start, length = offsets[:-1].long(), offsets.diff().long()
+    offsets = offsets.long().clamp(0, tokens).cummax(0).values
+    start, length = offsets[:-1], offsets.diff()
     counts = (length + chunk - 1) // chunk
     ends = counts.cumsum(0)
-    n = torch.arange(tokens // chunk + len(start), device=offsets.device)
+    n = torch.arange(packed_chunks(tokens, len(start), chunk), device=offsets.device)
     sequence = torch.searchsorted(ends, n, right=True)
     used = sequence < len(start)
     inside = sequence.clamp(max=len(start) - 1)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from titans_graph.ir import Graph, parse
     from titans_graph.kernels.memory_function import MemoryState, fast_weights, neural_memory
     from titans_graph.kernels.memory_objectives import register_objective
+    from titans_graph.kernels.memory_packed import neural_memory_packed
     from titans_graph.kernels.networks import NetworkBuilder
     from titans_graph.runtime import Compiled, Model, State, build, check, compilation, graph, load
     from titans_graph.runtime.health import doctor
@@ -48,6 +49,7 @@ _PUBLIC = {
     "graph": "runtime",
     "load": "runtime",
     "neural_memory": "kernels.memory_function",
+    "neural_memory_packed": "kernels.memory_packed",
     "parse": "ir.text",
     "register_objective": "kernels.memory_objectives",
 }
@@ -73,6 +75,7 @@ __all__ = [
     "graph",
     "load",
     "neural_memory",
+    "neural_memory_packed",
     "parse",
     "register_objective",
 ]

@@ -118,7 +118,7 @@ def test_the_reference_kernel_can_be_forced_and_agrees() -> None:
     for extra in ("", ", kernel: reference"):
         declared = read_text(text % extra)
         assert declared.graph is not None
-        assert compilation(declared.graph).kernels == {"y": "reference" if extra else "chunk"}
+        assert compilation(declared.graph).kernels == {"y": "reference" if extra else "by device"}
         torch.manual_seed(0)
         models.append(tg.build(declared.graph).double())
     x = torch.randn(2, 11, 8, dtype=torch.float64)
