@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
-from titans_graph.errors import UsageError
+from titans_graph.errors import UsageError, shortened
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,7 @@ class ObjectiveError(UsageError):
     """
 
     def __init__(self, message: str, *path: str) -> None:
-        super().__init__(message)
+        super().__init__(shortened(message))
         self.path = path
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from titans_graph.errors import UsageError
+from titans_graph.errors import UsageError, shortened
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +36,7 @@ class NetworkError(UsageError):
     """
 
     def __init__(self, message: str, *path: str) -> None:
-        super().__init__(message)
+        super().__init__(shortened(message))  # names in it may be of any length
         self.path = path
 
 
