@@ -104,7 +104,7 @@ class NeuralMemory(Component, nn.Module):
         kernel: str = parameter(
             "auto",
             doc="which implementation computes the memory; auto = triton on a GPU where there is such a kernel, else chunk",
-            reason="chunk runs everywhere; reference is the token-by-token truth, slow",
+            reason="chunk runs everywhere; reference is the token-by-token truth, slow and never compiled",
             choices=("auto", "triton", "chunk", "reference"),
         )
 
@@ -218,6 +218,7 @@ class NeuralMemory(Component, nn.Module):
         super().__init__()
         p = site.parameters
         self.p = p
+        self.compiles = p.kernel != "reference"  # a loop over tokens: tracing it would write out every token
         dim = site.features("write")
         self.size = p.head_dim or dim // p.heads
         inner = p.heads * self.size

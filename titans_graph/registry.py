@@ -167,6 +167,9 @@ class Component:
         """Floating-point operations per token of a forward pass (a multiply-add counts two); 0 where negligible."""
         return 0.0
 
+    compiles: bool = True
+    """Whether what holds it goes through torch.compile; an instance that is meant to run as written says no."""
+
     def initial_state(self, batch: int) -> dict[str, Tensor]:
         """The state before the first token, batch first; on the parameters' device and dtype."""
         return {}

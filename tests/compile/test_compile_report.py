@@ -98,3 +98,17 @@ def test_a_machine_without_compiler_runs_eagerly_and_says_so_once(monkeypatch: p
     x = example(model, 2, 20)
     assert torch.equal(fast(x)[0], model(x)[0])
     assert not fast.report().compiled
+
+
+def test_the_reference_runs_as_it_is_between_compiled_regions() -> None:
+    """Tracing it would write out every token, and fails on the text of a network's graph."""
+    graph = {"nodes": {"a": {"use": "fast.linear", "size": 3}, "b": {"use": "tanh"}, "y": {"use": "fast.linear"}}}
+    b = tg.Builder(dim=4)
+    stream = b.input("x", ["B", "T", "dim"])
+    b.output(b.add("memory.neural", stream, heads=1, chunk=2, network=graph, kernel="reference"))
+    model = b.build()
+    fast = model.compile()
+    x = torch.randn(2, 5, 4)
+    with torch.no_grad():
+        assert (fast(x)[0] - model(x)[0]).abs().max() < 1e-6
+    assert fast.report().variants == 0

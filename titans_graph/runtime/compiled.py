@@ -114,7 +114,7 @@ class CompiledRunner:
             _warn_once()
 
     def function(self, key: str, region: Region) -> Function:
-        """The compiled function of a region (the generated one where nothing can be compiled)."""
+        """The compiled function of a region (the generated one where nothing can or shall be compiled)."""
         if key not in self.functions:
             with self.lock:  # two threads must not compile two functions for one key
                 if key not in self.functions:
@@ -124,7 +124,8 @@ class CompiledRunner:
     def _made(self, key: str, region: Region) -> Function:
         code = self.lowered.codes[key]
         self.reports[key] = RegionReport(code.regions, region.kind)
-        if not self.works:
+        modules = (self.lowered.modules.get_submodule(step.node) for step in region.steps)
+        if not self.works or not all(module.compiles for module in modules):
             function: Function = code.forward
             return function
         return _in_turn(torch.compile(code.forward, fullgraph=True, backend=self._backend(key)))
