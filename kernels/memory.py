@@ -20,9 +20,10 @@ from torch import Tensor
 
 from titans_graph.errors import UsageError
 from titans_graph.kernels.memory_bound import bounded_step
+from titans_graph.kernels.memory_checkpoints import AUTOMATIC
 from titans_graph.kernels.memory_chunk import trace_keys
 from titans_graph.kernels.memory_objectives import Objective, parse_objective
-from titans_graph.kernels.memory_ops import EVERY, scan_op
+from titans_graph.kernels.memory_ops import scan_op
 from titans_graph.kernels.memory_reference import memory_reference
 from titans_graph.kernels.networks import Network, Node, PlainUse, parse_network
 from titans_graph.kernels.triton_memory import memory_triton, refusal
@@ -57,6 +58,7 @@ def memory_scan(
     *,
     kernel: str = "auto",
     resumed: bool = True,
+    every: int = AUTOMATIC,
 ) -> Result:
     """Write ``k``, ``v`` and read ``q`` for a whole grid of tokens: ``(y, anchor', weights', momenta')``.
 
@@ -70,12 +72,16 @@ def memory_scan(
     the step by :func:`~titans_graph.kernels.memory_bound.step_bound` of the chunk's first weights. Gradients reach
     every floating argument, from y and from the final state. ``kernel``: one of ``KERNELS``; ``auto`` is ``triton`` for
     tensors on a GPU where it knows the memory, else the portable form. Not ``resumed``: the caller knows that every chunk
-    with a token begins here, which saves the Triton kernels a second read of the weights.
+    with a token begins here, which saves the Triton kernels a second read of the weights. ``every``: chunks from one
+    checkpoint to the next in the backward pass of the portable form (at least 1); by default by the rule of
+    :mod:`~titans_graph.kernels.memory_checkpoints`.
 
     Raises :class:`UsageError` for unknown names, a grid that is not a whole number of chunks, and a memory that
     ``kernel="triton"`` does not know.
     """
     check_choices(read, kernel)
+    if every != AUTOMATIC and every < 1:
+        raise UsageError(f"every counts chunks between checkpoints and is at least 1; got {every}")
     # Not while tracing: the check would become a guard on the number of slots.
     if not torch.compiler.is_compiling() and (chunk < 1 or q.shape[2] % chunk != 0):
         raise UsageError(f"memory_scan needs a whole number of chunks of {chunk} slots; got {q.shape[2]} slots")
@@ -86,6 +92,8 @@ def memory_scan(
     operand = operand_type(q.dtype, dtype)
     kernel = choose(kernel, network, objective, read, chunk, bounded, q.shape[-1], operand, q.is_cuda)
     if kernel == "triton":
+        if every != AUTOMATIC:
+            raise UsageError("every is a setting of the portable form: take kernel='chunk' or 'compiled' with it")
         tokens = [*(x.to(operand) for x in (q, k, v)), step, log_momentum, log_keep]
         y, *ends = memory_triton(
             network, objective, read, chunk, bounded, state, tokens, (valid, position), resumed=resumed
@@ -101,7 +109,7 @@ def memory_scan(
         chunk,
         bounded,
         kernel == "compiled",
-        EVERY if torch.is_grad_enabled() else 0,
+        every if torch.is_grad_enabled() else 0,
         *state,
         tokens,
         valid,

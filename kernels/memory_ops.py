@@ -1,8 +1,8 @@
 """The memory scan as two operators of ``torch.library``: forward over the chunks, backward over them in reverse.
 
-Forward keeps the weights and momenta that each ``EVERY``-th chunk starts from; backward recomputes a chunk from there
-and takes the vector-Jacobian product of its whole body, so the second-order terms need no formula of their own. Inside
-a compiled region both are opaque: the number of chunks is never seen by the compiler.
+Forward keeps the weights and momenta that some chunks start from (:mod:`~titans_graph.kernels.memory_checkpoints`);
+backward recomputes a chunk from there and takes the vector-Jacobian product of its whole body, so the second-order terms
+need no formula of their own. Inside a compiled region both are opaque: the number of chunks is never seen by the compiler.
 
 Shapes: ``B`` batch, ``H`` heads, ``N`` = B * H rows, ``G`` slots, ``C`` slots of a chunk; lists ``[B, H, *shape]``.
 """
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from titans_graph.errors import UsageError
+from titans_graph.kernels.memory_checkpoints import SPARE, slots, spacing
 from titans_graph.kernels.memory_chunk import Form
 from titans_graph.kernels.memory_compile import undisturbed
 from titans_graph.kernels.memory_objectives import parse_objective
@@ -25,9 +26,6 @@ from titans_graph.kernels.memory_walk import Flags, Walk, added, flags_of, maske
 from titans_graph.kernels.networks import parse_network
 
 log = logging.getLogger("titans_graph.kernels")
-
-EVERY = 4
-"""A checkpoint for every how many chunks: more saves memory and runs the forward bodies between once more."""
 
 
 @lru_cache(maxsize=64)
@@ -76,8 +74,9 @@ def scan_op(
 ) -> list[Tensor]:
     """``[y, anchor'.., weights'.., momenta'.., saved..]``; ``tokens`` is [q, k, v, step, log_momentum, log_keep].
 
-    ``saved`` holds, unless ``every`` is 0: where bounded, the scale of the step ``[B, H, G]``; per weight and momentum
-    the values that checkpointed chunks start from, ``[K, N, *shape]``.
+    ``every``: chunks from one checkpoint to the next, ``AUTOMATIC``, or 0 for none. ``saved`` holds, unless it is 0: where
+    bounded, the scale of the step ``[B, H, G]``; per weight and momentum the values that checkpointed chunks start from,
+    ``[K, N, *shape]``.
     """
     spec = network, objective, read, chunk, bounded, compiled
 
@@ -103,7 +102,9 @@ def _forward(
     q, chunk, steps = walk.tokens[0], walk.chunk, len(walk.flags)
     y = q.new_empty(q.shape[0] * q.shape[1], steps, chunk, q.shape[3])
     scale = [y.new_empty(y.shape[:3])] if every and walk.form.bounded else []
-    kept = [x.new_empty(_saved(steps, every), *x.shape) for x in (*now, *moving)] if every else []
+    size = _size((*now, *moving))
+    kept = [x.new_empty(slots(steps, every, size), *x.shape) for x in (*now, *moving)] if every else []
+    every = spacing(steps, every, size)
     for slot in kept:
         slot[-SPARE:].zero_()
     at = walk.entry_anchor
@@ -129,13 +130,9 @@ def _copy(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-SPARE = 2
-"""Slots for checkpoints that are never used: a compiled region would be specialised on a size of 1."""
-
-
-def _saved(steps: int, every: int) -> int:
-    """Slots for checkpoints of ``steps`` chunks."""
-    return (steps + every - 1) // every + SPARE
+def _size(state: Sequence[Tensor]) -> int:
+    """Bytes of all tensors of a checkpoint."""
+    return sum(x.numel() * x.element_size() for x in state)
 
 
 @scan_op.register_fake
@@ -161,7 +158,7 @@ def _(
     scale = [q.new_empty(q.shape[:3])] if every and bounded else []
     kept = []
     if every:
-        count = _saved(q.shape[2] // chunk, every)
+        count = slots(q.shape[2] // chunk, every, _size((*weights, *momenta)))
         kept = [x.new_empty(count, x.shape[0] * x.shape[1], *x.shape[2:]) for x in (*weights, *momenta)]
     return [q.new_empty(q.shape), *state, *scale, *kept]
 
@@ -197,7 +194,8 @@ def backward_op(
             taken = [*tokens[:3], *(tokens[3] * x for x in scale), *tokens[3 + len(scale) :]]
             walk = _walk(spec, anchor, taken, valid, position)
             initial = merge(initial_weights), merge(initial_momenta)
-            sweep = _Sweep(walk, every, initial, kept, merge(grads[1:]), grads[0])
+            gap = spacing(len(walk.flags), every, sum(_size([x[0]]) for x in kept))
+            sweep = _Sweep(walk, gap, initial, kept, merge(grads[1:]), grads[0])
             for c in reversed(range(len(walk.flags))):
                 sweep.chunk(c)
             results = sweep.results()
