@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.kernels.test_memory_cases import STATE, Case, assert_close, call, gradients, make
 from titans_graph.errors import UsageError
-from titans_graph.kernels import memory, memory_compile, memory_ops
+from titans_graph.kernels import memory_compile, memory_ops
 from titans_graph.kernels.memory import memory_scan, memory_step
 
 # Called with unpacked lists, which no checker follows.
@@ -53,15 +53,6 @@ def test_autocast_does_not_reach_the_memory() -> None:
     plain = call(case)
     with torch.autocast("cpu", torch.bfloat16):
         assert all(torch.equal(a, b) for a, b in zip(call(case), plain, strict=True))
-
-
-@pytest.mark.parametrize("every", [2, 3])
-def test_fewer_checkpoints_give_the_same_gradients(every: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make(NETWORK, slots=16)
-    case.position[1] = (torch.arange(16) - 8) % 16
-    plain = gradients(case, call(case))
-    monkeypatch.setattr(memory, "EVERY", every)
-    assert_close(gradients(case, call(case)), plain, 1e-14)
 
 
 def test_backward_without_saving_is_an_error() -> None:
