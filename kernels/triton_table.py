@@ -1,7 +1,7 @@
 """The default configurations of the Triton kernels, as rules: for every field, the first rule that fits and names it counts.
 
-Each configuration that this table chooses is compiled ahead of time by tests/kernels/test_triton_aot.py, which fails where
-one spills registers or needs more shared memory than the chip has; tests/golden/triton_budgets.txt holds the figures.
+`python -m titans_graph.kernels.triton_aot` compiles what it chooses ahead of time, and reports where one spills registers or
+needs more shared memory than the chip has.
 """
 
 from __future__ import annotations
@@ -28,8 +28,29 @@ LINEAR: tuple[Rule, ...] = (
 )
 """Linear memory; ``tile``: value columns of a program, or of a step where a program works on all of them."""
 
+MLP: tuple[Rule, ...] = (
+    Rule("mlp_scan", "sm_80", {"dim": 64}, {"num_warps": 8}),
+    Rule("mlp_scan", "sm_100", {"dim": 64}, {"num_warps": 8, "num_stages": 1}),
+    Rule("mlp_reverse", "sm_80", {"dim": 64}, {"tile": 16}),
+    Rule("mlp_reverse", "sm_90", {"dim": 64, "hidden": 64}, {"num_stages": 1}),
+    Rule("mlp_reverse", "sm_90", {"dim": 64}, {"tile": 16}),
+    Rule("mlp_reverse", "sm_100", {"dim": 64}, {"num_warps": 8, "num_stages": 1}),
+    Rule("mlp_key_backward", "sm_80", {"dim": 64}, {"tile": 16}),
+)
+"""An MLP of two layers; ``tile``: of the hidden size."""
+
+DECODE: tuple[Rule, ...] = (
+    # Decoding is bound by loads on their way: large tiles have more of them.
+    Rule("linear_decode", config={"num_warps": 8, "num_stages": 1, "tile": 128}),
+    Rule("mlp_decode", config={"num_warps": 8, "num_stages": 1, "tile": 128}),
+    Rule("decode_write", sizes={"dim": 128}, config={"num_warps": 8}),
+)
+"""One token at a time."""
+
 TABLE: tuple[Rule, ...] = (
     *LINEAR,
+    *MLP,
+    *DECODE,
     Rule(sizes={"chunk": 256}, config={"num_warps": 8, "num_stages": 1}),
     Rule(sizes={"chunk": 128}, config={"num_warps": 8}),
     Rule(config={"num_warps": 4, "num_stages": 2, "tile": 32}),

@@ -1,0 +1,238 @@
+"""The rows of benchmarks/gpu.py that compare with another form: decoding with an eager update, a layer with titans-pytorch.
+
+Both sides are measured in the same run. titans-pytorch is taken where it can be imported; it is not installed here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import gpu_rows as rows
+from benchmarks.gpu_rows import Inputs, Row
+from titans_graph.kernels.memory import memory_step
+
+Result = dict[str, Any]
+
+DECODE = Row(
+    "decode",
+    "decode deep 64-256-64, 128 rows x heads, one token",
+    64,
+    256,
+    16,
+    128,
+    8,
+    False,
+    "x",
+    2.0,
+    2.5,
+    "own eager update",
+)
+LAYER = Row(
+    "titans_pytorch", "layer, 16 heads 64-256-64, against titans-pytorch", 64, 256, 16, 2048, 4, True, "x", 50, 100,
+    "titans-pytorch, gradients at chunk starts",
+)  # fmt: skip
+
+
+def compared(row: Row, value: float) -> Result:
+    """A ratio beside what was aimed at."""
+    verdict = (
+        "stretch met" if value >= row.stretch else "met" if value >= row.target else f"MISSED by {row.target / value:.2f} x"
+    )
+    aims = {"unit": "x", "target": row.target, "stretch": row.stretch, "anchor": row.anchor}
+    return {"value": value, **aims, "verdict": verdict}
+
+
+def sizes_of(row: Row, dtype: torch.dtype) -> Any:
+    """The sizes that the decoding kernels are specialised on."""
+    from titans_graph.kernels.triton_config import Sizes
+
+    kind = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+    return Sizes(row.chunk, row.dim, row.hidden, kind, "silu")
+
+
+def lazily(row: Row, x: Inputs, dtype: torch.dtype) -> tuple[Callable[[int], Tensor], Callable[[], list[Tensor]]]:
+    """A function that decodes token ``t`` of the inputs, and one that gives weights and momenta after it."""
+    from titans_graph.kernels.triton_decode_host import begin, decode, settled
+    from titans_graph.kernels.triton_host import State, Tokens
+    from titans_graph.kernels.triton_memory import join, part
+
+    sizes = sizes_of(row, dtype)
+    start = join(x.state[3])
+    ring = begin(sizes, State(start, start, torch.zeros_like(start)))
+    rest = torch.zeros_like(start)
+
+    def token(t: int) -> Tensor:
+        given = Tokens(*(s[:, :, t : t + 1] for s in x.tokens))
+        return decode(sizes, 0.0, ring, given, x.position[:, t].contiguous(), start, rest)
+
+    def state() -> list[Tensor]:
+        _, m, s = settled(sizes, ring, row.batch)
+        return [*part(m, x.state[3]), *part(s, x.state[3])]
+
+    return token, state
+
+
+def check_decode(row: Row, dtype: torch.dtype, device: str) -> dict[str, float]:
+    """Errors of decoding against the same recurrence in fp64, over two chunks."""
+    small = replace(row, batch=2, heads=2, tokens=2 * row.chunk)
+    given = rows.make(small, dtype, device)
+    token, state = lazily(small, given, dtype)
+    x = given.to(torch.float64, torch.float64)
+    with torch.no_grad():
+        answers = torch.cat([token(t) for t in range(small.tokens)], 2)
+        y, _, weights, momenta = rows.scan(small, x, "reference")
+    found = rows._one(state())
+    return {"y": rows._far(answers.double(), y), "states": rows._far(found, rows._one([*weights, *momenta]))}
+
+
+def measure_decode(dry: bool) -> Result:
+    """One token of every row: what the lazy kernels take, averaged over a chunk, beside the update of every token."""
+    row = DECODE
+    if dry:
+        small = replace(row, dim=16, hidden=32, chunk=16)
+        errors = check_decode(small, torch.float32, "cpu")
+    else:
+        errors = check_decode(row, torch.bfloat16, "cuda")
+    failed = sorted(name for name, error in errors.items() if not error <= rows.BARS[name])
+    result: Result = {"title": row.title, "errors": errors, "failed": failed}
+    if failed or dry:
+        return result
+    lazy, notes = lazy_milliseconds(row)
+    eager = {name: statistics.median(rows.milliseconds(run)) for name, run in eager_steps(row).items()}
+    result |= {"ms": lazy, "eager_ms": eager, "note": notes}
+    return result | compared(row, min(eager.values()) / lazy)
+
+
+def lazy_milliseconds(row: Row) -> tuple[float, str]:
+    """The mean over all slots of a chunk, the writing of the weights included; each slot is a CUDA graph of its own."""
+    x = rows.make(row, torch.bfloat16, "cuda")
+    token, _ = lazily(row, x, torch.bfloat16)
+    for t in range(row.chunk):
+        token(t)
+    times, notes = [], set()
+    for t in range(row.chunk, 2 * row.chunk):
+        replay, note = rows.graphed(lambda t=t: token(t))  # type: ignore[misc]
+        # Replayed at the same place the pair is written anew, with the same numbers to read and write.
+        times.append(statistics.median(rows.milliseconds(replay, 5)))
+        notes.add(note)
+    return statistics.fmean(times), "; ".join(sorted(n for n in notes if n))
+
+
+def eager_steps(row: Row) -> dict[str, Callable[[], object]]:
+    """The update of every token, as PyTorch's operations and, where Inductor can, compiled; both as CUDA graphs."""
+    x = rows.make(row, torch.bfloat16, "cuda")
+    tokens = [s[:, :, 70:71].contiguous() for s in x.tokens]
+    anchor = x.state[3]
+    args = (anchor, anchor, x.state[4], anchor, x.state[4], *tokens, x.valid[:, 70:71], x.position[:, 70:71].contiguous())
+    step: Any = memory_step  # called with unpacked arguments, which no checker follows
+    whole: Any = torch.compile(step, dynamic=False)
+
+    def eager() -> object:
+        with torch.no_grad():
+            return step(row.network, "l2", "after", row.chunk, False, *args)
+
+    def compiled() -> object:
+        with torch.no_grad():
+            return whole(row.network, "l2", "after", row.chunk, False, *args)
+
+    found: dict[str, Callable[[], object]] = {"operations": rows.graphed(eager)[0]}
+    try:
+        compiled()
+        found["compiled"] = rows.graphed(compiled)[0]
+    except Exception as error:  # Inductor needs a C compiler and more, which a bare machine may lack
+        print(f"decode: the eager update is not compiled: {type(error).__name__}: {str(error)[:200]}")
+    return found
+
+
+class Layer(nn.Module):
+    """Projections and gates around the memory, as little as the layer it is compared with has at least."""
+
+    def __init__(self, row: Row) -> None:
+        super().__init__()
+        self.row, self.width = row, row.heads * row.dim
+        self.streams = nn.ModuleList(nn.Linear(self.width, self.width, bias=False) for _ in range(3))
+        self.controls = nn.Linear(self.width, 3 * row.heads)
+        x = rows.make(replace(row, tokens=row.chunk, batch=1), torch.float32, "cpu")
+        self.initial = nn.ParameterList(nn.Parameter(w[0].clone()) for w in x.state[3])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, T, width]`` to the same."""
+        row, lead = self.row, (x.shape[0], x.shape[1])
+        q, k, v = (f(x).unflatten(-1, (row.heads, row.dim)).transpose(1, 2) for f in self.streams)
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        theta, eta, keep = self.controls(x).float().unflatten(-1, (3, row.heads)).permute(2, 0, 3, 1)
+        gates = [0.01 * theta.sigmoid(), F.logsigmoid(eta), F.logsigmoid(keep + 6)]
+        start = [w.float().expand(x.shape[0], *w.shape) for w in self.initial]
+        rest = [torch.zeros_like(w) for w in start]
+        place = torch.arange(lead[1], device=x.device).expand(lead)
+        valid = torch.ones(lead, dtype=torch.bool, device=x.device)
+        y = rows.scan(row, Inputs([start, start, rest, start, rest], [q, k, v, *gates], valid, place), "triton", resumed=False)[
+            0
+        ]
+        return y.transpose(1, 2).flatten(2)
+
+
+def measure_layer(dry: bool) -> Result:
+    """Time and memory of forward and backward of the two layers at one shape."""
+    row = LAYER
+    result: Result = {"title": row.title, "failed": []}
+    if dry:
+        small = replace(row, dim=16, hidden=32, chunk=16, heads=2, tokens=32, batch=1)
+        y = Layer(small)(torch.randn(1, 32, 32))
+        y.square().sum().backward()
+        return result
+    x = torch.randn(row.batch, row.tokens, row.heads * row.dim, device="cuda", dtype=torch.bfloat16)
+    own = trained(Layer(row).to("cuda", torch.bfloat16), x)
+    ms = statistics.median(rows.milliseconds(rows.graphed(own)[0]))
+    result |= {"ms": ms, "bytes_per_head_token": rows.peak_memory(own) / row.head_tokens}
+    if importlib.util.find_spec("titans_pytorch") is None:
+        return result | {"note": f"not measured: no titans-pytorch here (own layer {ms:.3f} ms)"}
+    peer = trained(peer_layer(row).to("cuda"), x.float())
+    found = {}
+    for name, half in (("fp32", False), ("autocast", True)):
+        with torch.autocast("cuda", torch.bfloat16, enabled=half):
+            found[name] = (statistics.median(rows.milliseconds(peer, 5)), rows.peak_memory(peer))
+    best_ms, least = min(f[0] for f in found.values()), min(f[1] for f in found.values())
+    memory = least / row.head_tokens / result["bytes_per_head_token"]
+    result |= {"peer_ms": best_ms, "peer": found, "memory_ratio": memory, "note": f"and {memory:.1f} x less memory"}
+    return result | compared(row, best_ms / ms)
+
+
+def peer_layer(row: Row) -> nn.Module:
+    """titans-pytorch's layer with the same network, gradients at chunk starts, momentum and forgetting."""
+    from titans_pytorch import NeuralMemory  # type: ignore[import-not-found]
+
+    layer: nn.Module = NeuralMemory(
+        dim=row.heads * row.dim,
+        heads=row.heads,
+        dim_head=row.dim,
+        chunk_size=row.chunk,
+        batch_size=row.chunk,
+        default_step_transform_max_lr=0.01,
+        default_model_kwargs={"depth": 2, "expansion_factor": row.hidden / row.dim},
+    )
+    return layer
+
+
+def trained(layer: nn.Module, x: Tensor) -> Callable[[], object]:
+    """Forward and the gradients of all parameters and the input."""
+    x = x.clone().requires_grad_()
+    leaves = [x, *layer.parameters()]
+
+    def run() -> object:
+        out = layer(x)
+        y = out if isinstance(out, Tensor) else out[0]
+        return torch.autograd.grad(y.float().square().mean(), leaves, allow_unused=True)
+
+    return run
+
+
+JOBS: dict[str, Callable[[bool], Result]] = {"decode": measure_decode, "titans_pytorch": measure_layer}
