@@ -35,5 +35,5 @@ def slots(steps: int, every: int, size: int) -> int:
     if every != AUTOMATIC:
         return (steps + every - 1) // every + SPARE
     symbols: Any = torch
-    most: int = symbols.sym_max(symbols.sym_min(steps, ROOM // size), (steps + WIDEST - 1) // WIDEST)
+    most: int = symbols.sym_max(symbols.sym_min(steps, ROOM // max(size, 1)), (steps + WIDEST - 1) // WIDEST)
     return most + SPARE

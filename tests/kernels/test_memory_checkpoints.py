@@ -43,7 +43,7 @@ def test_the_rule_at_its_edges(room: int, monkeypatch: pytest.MonkeyPatch) -> No
     assert_close(gradients(case, call(case, AUTOMATIC)), gradients(case, call(case, 1)), 1e-12)
 
 
-@given(steps=st.integers(1, 5000), size=st.integers(1, 2 * ROOM), every=st.sampled_from([AUTOMATIC, 1, 2, 3, 7]))
+@given(steps=st.integers(1, 5000), size=st.integers(0, 2 * ROOM), every=st.sampled_from([AUTOMATIC, 1, 2, 3, 7]))
 def test_there_are_slots_enough(steps: int, size: int, every: int) -> None:
     gap = spacing(steps, every, size)
     needed = -(-steps // gap)
@@ -55,3 +55,8 @@ def test_there_are_slots_enough(steps: int, size: int, every: int) -> None:
 def test_spacings_below_one_are_refused() -> None:
     with pytest.raises(UsageError, match="at least 1"):
         call(make("linear"), 0)
+
+
+def test_a_batch_without_rows() -> None:
+    case = make("linear", batch=0)
+    assert all(g.shape == x.shape for g, x in zip(gradients(case, call(case, AUTOMATIC)), case.leaves(), strict=True))
