@@ -256,9 +256,12 @@ def check_saved(graph: Graph, reading: Reading, folder: Path) -> None:
         state.save(folder / "state.safetensors")
         again = tg.State.load(twin, folder / "state.safetensors")
         _identical(again, state)
-        (got, after), (want, wanted) = reading.read(twin, again), reading.read(model, state)
+        # What single tokens put off is done before the state is written, which rounds elsewhere.
+        settled = replace(state, nodes={name: dict(tensors) for name, tensors in state.nodes.items()})
+        (got, after), (want, wanted) = reading.read(twin, again), reading.read(model, settled)
         assert all(torch.equal(got[name], y) for name, y in want.items())
         _identical(after, wanted)
+        same(got, reading.read(model, state)[0])
 
 
 def _identical(one: tg.State, other: tg.State) -> None:
