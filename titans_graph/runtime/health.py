@@ -190,8 +190,9 @@ class _Log:
             x = write[:, n * size : (n + 1) * size]
             # Its own forward, not a call: hooks look at what the model does, and the answers to questions do not matter.
             _, new = self.memory.forward(write=x, state=state, clock=part)
-            self._note(x, state, new, part)
-            state |= new
+            state_after = {**state, **new}
+            self._note(x, state, self.memory.settled(state_after), part)
+            state = state_after
 
     def _note(self, x: Tensor, state: Mapping[str, Tensor], new: Mapping[str, Tensor], clock: Clock) -> None:
         memory, p = self.memory, self.memory.p
