@@ -5,7 +5,7 @@ Markers in the documents, each on a line of its own before a fenced block or aro
 - ``<!-- file: NAME -->``          the block is written to NAME in the folder that the document's examples run in;
 - ``<!-- output: titans-graph ... -->``  the block is what the command prints; `make golden` writes it anew;
 - ``<!-- nightly: why -->``        the Python block takes long and runs under `make nightly` only;
-- ``<!-- components -->`` ... ``<!-- /components -->`` and the same with ``errors``: generated tables.
+- ``<!-- components -->`` ... ``<!-- /components -->`` and the same with ``errors`` and ``defects``: generated tables.
 """
 
 from __future__ import annotations
@@ -203,4 +203,11 @@ def error_table() -> str:
     return "\n".join([*lines, ""])
 
 
-GENERATED: dict[str, Callable[[], str]] = {"components": components, "errors": error_table}
+def defect_tables() -> str:
+    """Laws and deliberate defects; they import much, and one document has them."""
+    from tests.properties.table import tables
+
+    return tables()
+
+
+GENERATED: dict[str, Callable[[], str]] = {"components": components, "errors": error_table, "defects": defect_tables}
