@@ -132,7 +132,7 @@ def linear_scan_kernel(
         held = weights_held(now_in, anchor + row + seldom, flags, RESUMED)
         now = tl.load(ends + at * 4) * now + tl.load(ends + at * 4 + 1) * moves
         moves = tl.load(ends + at * 4 + 2) * moves
-        for j in tl.static_range(C // T):
+        for j in range(C // T):
             start = first + c * C + j * T
             ok = holds(span, j * T, T)
             keys = tl.load(k + start * D + tokens, mask=ok, other=0.0)
@@ -204,9 +204,9 @@ TABLES = {"sequences": "*i64", "chunks": "*i32"}
 
 def supported(sizes: Sizes) -> bool:
     """For which sizes the kernels of a linear memory exist: chunk a power of 2 from 16 to 256, d one of 16 to 256; fp32
-    operands (for tests on the processor and exactness) up to d 64."""
+    operands, which no matrix unit takes, up to chunk and d 32."""
     powers = (16, 32, 64, 128, 256)
-    fits = sizes.dim <= 64 or sizes.dtype != "fp32"
+    fits = max(sizes.chunk, sizes.dim) <= 32 or sizes.dtype != "fp32"
     return sizes.hidden == 0 and sizes.chunk in powers and sizes.dim in powers and fits
 
 
@@ -217,12 +217,12 @@ def can_fuse(sizes: Sizes) -> bool:
 
 def token_tile(sizes: Sizes) -> int:
     """How many tokens a program of a kernel without order works on."""
-    return min(sizes.chunk, 64)
+    return min(sizes.chunk, 32 if sizes.dim > 128 else 64)
 
 
 def scan_tile(sizes: Sizes) -> int:
     """How many tokens a step of the scan and of the reverse scan works on."""
-    return min(sizes.chunk, 64 if sizes.dim > 128 or sizes.dtype == "fp32" else 128)
+    return min(sizes.chunk, 32 if sizes.dim > 128 or sizes.dtype == "fp32" else 128)
 
 
 def value_tile(sizes: Sizes, config: Config) -> int:

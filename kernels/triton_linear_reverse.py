@@ -74,7 +74,7 @@ def late_cotangent(
     # Other threads wrote what is read here.
     tl.debug_barrier()
     span = tl.load(chunks + n * 4 + 3)
-    for j in tl.static_range(C // T):
+    for j in range(C // T):
         ok = holds(span, j * T, T)
         if READ == "chunk":
             queries = tl.load(q + j * T * D + tokens, mask=ok, other=0.0)
@@ -131,7 +131,7 @@ def linear_reverse_kernel(
         # chunk in a sequence: later ones begin where their first token is, or are empty.
         begins = ((flags & 1) != 0) | (not RESUMED)
         late = tl.where(((flags & 1) == 0) & (span // 65536 > span % 65536), c, late)
-        for j in tl.static_range(C // T):
+        for j in range(C // T):
             start = first + c * C + j * T
             ok = holds(span, j * T, T)
             keys = tl.load(k + start * D + tokens, mask=ok, other=0.0)
