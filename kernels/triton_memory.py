@@ -54,7 +54,7 @@ def _refusal(network: str, objective: str, read: str, chunk: int, bounded: bool,
     else:
         from titans_graph.kernels.triton_linear import supported as supports
     inner = f", hidden size {sizes.hidden}" if sizes.hidden else ""
-    return "" if supports(sizes) else f"no kernel for keys of size {dim}{inner} in chunks of {chunk}"
+    return "" if supports(sizes) else f"no kernel for keys of size {dim}{inner} in chunks of {chunk} and {sizes.dtype}"
 
 
 @lru_cache(maxsize=256)
