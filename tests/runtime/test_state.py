@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from safetensors.torch import save_file
 
 import titans_graph as tg
 from tests.models import ALL, MODELS, example, small
+from titans_graph.spec import read_text
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -139,3 +143,29 @@ def test_the_batch_must_fit() -> None:
     model = small("lmm")
     with pytest.raises(tg.StateError, match="2 rows, the input 3"):
         model(example(model, 3, 4), model.initial_state(2))
+
+
+NESTED = """titans_graph: 1
+name: nested
+input: {x: [B, T, 4]}
+nodes:
+  a: {use: outer, in: x}
+  b: {use: last, in: a}
+output: b
+blocks:
+  inner: {input: {x: [B, T, 4]}, nodes: {y: {use: conv.causal, in: x}}, output: y}
+  last: {input: {x: [B, T, 4]}, nodes: {y: {use: inner, in: x}}, output: y}
+  outer: {input: {x: [B, T, 4]}, nodes: {y: {use: inner, in: x}}, output: y}
+"""
+
+
+def test_the_order_of_blocks_does_not_matter_to_a_state(tmp_path: Path) -> None:
+    """A model and the model of its own spec are the same architecture, in whatever order the blocks were declared."""
+    read = read_text(NESTED).graph
+    assert read is not None
+    for names in itertools.permutations(read.blocks):
+        model = tg.build(replace(read, blocks={name: read.blocks[name] for name in names}))
+        assert model.fingerprint == hashlib.sha256(replace(read, name="").text().encode()).hexdigest()
+        model(torch.randn(1, 3, 4))[1].save(tmp_path / "s.safetensors")
+        (tmp_path / "spec.yaml").write_text(model.spec)
+        assert tg.State.load(tg.load(tmp_path / "spec.yaml"), tmp_path / "s.safetensors").position.tolist() == [3]

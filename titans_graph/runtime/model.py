@@ -6,7 +6,7 @@ import copy
 import hashlib
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -321,10 +321,20 @@ def _autocast(x: Tensor) -> bool:
 
 
 def fingerprint(graph: Graph) -> str:
-    """A name for the architecture: equal for graphs with the same text, whatever the file is called."""
-    from dataclasses import replace
+    """A name for the architecture: equal for equal graphs, whatever the file is called and its blocks' order."""
+    blocks = {name: graph.blocks[name] for name in _by_first_use(graph)}
+    return hashlib.sha256(replace(graph, name="", blocks=blocks).text().encode()).hexdigest()
 
-    return hashlib.sha256(replace(graph, name="").text().encode()).hexdigest()
+
+def _by_first_use(graph: Graph) -> list[str]:
+    """The names of the blocks in the order in which a spec that is read makes them: by first use, the outer ones first."""
+    found: dict[str, None] = {}
+    waiting = [graph.main]
+    for block in waiting:
+        new = dict.fromkeys(node.use for node in block.nodes if node.use in graph.blocks and node.use not in found)
+        found |= new
+        waiting.extend(graph.blocks[name] for name in new)
+    return list(found)
 
 
 __all__ = ["Compiled", "Holder", "Model", "Summary", "fingerprint"]
