@@ -125,6 +125,11 @@ def mlp_reverse_kernel(
     tokens = grid_of(C, D)
     tile = tl.arange(0, D)[:, None] * HIDDEN + tl.arange(0, TILE)[None, :]
     columns = i[:, None] * HIDDEN + tl.arange(0, TILE)[None, :]
+    # The states' cotangents in parts of at most 64 rows: more would not fit the registers.
+    ROWS: tl.constexpr = D if D < 64 else 64
+    STEPS: tl.constexpr = (D // ROWS) * (HIDDEN // TILE)
+    half = tl.arange(0, ROWS)[:, None] * HIDDEN + tl.arange(0, TILE)[None, :]
+    part = i[:, None] * D + tl.arange(0, ROWS)[None, :]
     for back in tl.range(0, count, num_stages=1):
         c = count - 1 - back
         at = (base + c) * heads + h
@@ -188,25 +193,29 @@ def mlp_reverse_kernel(
             d_z = (d_z + tl.load(bend + wide + (columns + j)).to(tl.float32)).to(operand)
             tl.store(bend + wide + (columns + j), d_z)
         tl.debug_barrier()
-        keys = tl.load(k + slots + tokens, mask=ok[:, None], other=0.0)
-        for j in range(0, HIDDEN, TILE):
+        for n in range(STEPS):
+            j = n % (HIDDEN // TILE) * TILE
+            e = n // (HIDDEN // TILE) * ROWS
+            some_keys = tl.load(k + slots + (part + e), mask=ok[:, None], other=0.0)
             d_z = tl.load(bend + wide + (columns + j))
             retreat_layer(
                 d_m + row, d_s + row, d_anchor + row, start_d_m + row, start_d_s + row, into_m + at * size,
-                into_s + at * size, tile + j, dot(tl.trans(keys), d_z), keep, push, surprise_end, begins, restarts, anchored,
-                MIXED, RESUMED,
+                into_s + at * size, half + (e * HIDDEN + j), dot(tl.trans(some_keys), d_z), keep, push, surprise_end, begins,
+                restarts, anchored, MIXED, RESUMED,
             )  # fmt: skip
         # Layer 2 in a loop of its own: d_x above needs its old cotangents, and together the two spill registers.
         tl.debug_barrier()
-        delta = tl.load(deltas + at * C * D + tokens)
-        d_prediction = tl.load(d_delta_two + at * C * D + tokens)
-        for j in range(0, HIDDEN, TILE):
-            by_keys = dot(tl.trans(d_prediction), tl.load(hidden + wide + (columns + j)))
-            by_keys = add_dot(by_keys, tl.trans(delta), tl.load(d_delta_one + wide + (columns + j)))
+        for n in range(STEPS):
+            j = n % (HIDDEN // TILE) * TILE
+            e = n // (HIDDEN // TILE) * ROWS
+            some_delta = tl.load(deltas + at * C * D + (part + e))
+            turned = tl.load(d_delta_two + at * C * D + (part + e))
+            by_keys = dot(tl.trans(turned), tl.load(hidden + wide + (columns + j)))
+            by_keys = add_dot(by_keys, tl.trans(some_delta), tl.load(d_delta_one + wide + (columns + j)))
             retreat_layer(
                 d_m + row, d_s + row, d_anchor + row, start_d_m + row, start_d_s + row, into_m + at * size,
-                into_s + at * size, tile + j + layer, by_keys, keep, push, surprise_end, begins, restarts, anchored,
-                MIXED, RESUMED,
+                into_s + at * size, half + (e * HIDDEN + j) + layer, by_keys, keep, push, surprise_end, begins, restarts,
+                anchored, MIXED, RESUMED,
             )  # fmt: skip
         tl.debug_barrier()
 

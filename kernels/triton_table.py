@@ -52,13 +52,21 @@ LINEAR: tuple[Rule, ...] = (
 """Linear memory; ``tile``: value columns of a program, or of a step where a program works on all of them."""
 
 MLP: tuple[Rule, ...] = (
-    Rule("mlp_scan", "sm_80", {"dim": 64}, {"num_warps": 8}),
-    Rule("mlp_scan", "sm_100", {"dim": 64}, {"num_warps": 8, "num_stages": 1}),
-    Rule("mlp_reverse", "sm_80", {"dim": 64}, {"tile": 16}),
-    Rule("mlp_reverse", "sm_90", {"dim": 64, "hidden": 64}, {"num_stages": 1}),
-    Rule("mlp_reverse", "sm_90", {"dim": 64}, {"tile": 16}),
-    Rule("mlp_reverse", "sm_100", {"dim": 64}, {"num_warps": 8, "num_stages": 1}),
-    Rule("mlp_key_backward", "sm_80", {"dim": 64}, {"tile": 16}),
+    Rule("mlp_scan", "sm_100", {"dim": 128}, {"num_warps": 8, "num_stages": 1, "tile": 16}),
+    Rule("mlp_scan", sizes={"dim": 128}, config={"num_warps": 8, "tile": 16}),
+    Rule("mlp_scan", "sm_80", config={"num_warps": 8}),
+    Rule("mlp_scan", "sm_90", {"resumed": True}, {"num_warps": 8}),
+    Rule("mlp_scan", "sm_100", config={"num_warps": 8}),
+    Rule("mlp_read", "sm_80", {"dim": 128}, {"num_warps": 8}),
+    Rule("mlp_read", "sm_90", {"dim": 128}, {"num_warps": 8}),
+    Rule("mlp_recall", "sm_80", {"dim": 128}, {"num_warps": 8}),
+    Rule("mlp_query_backward", "sm_100", {"dim": 128}, {"num_warps": 8, "num_stages": 1}),
+    Rule("mlp_query_backward", sizes={"dim": 128}, config={"num_warps": 8}),
+    Rule("mlp_reverse", "sm_100", config={"num_warps": 8, "num_stages": 1}),
+    Rule("mlp_reverse", sizes={"dim": 128}, config={"num_warps": 8}),
+    Rule("mlp_reverse", "sm_80", config={"tile": 16}),
+    Rule("mlp_key_backward", sizes={"dim": 128}, config={"num_warps": 8}),
+    Rule("mlp_key_backward", "sm_80", config={"tile": 16}),
 )
 """An MLP of two layers; ``tile``: of the hidden size."""
 

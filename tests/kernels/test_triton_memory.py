@@ -128,6 +128,12 @@ def test_rows_that_begin_with_a_chunk(name: str) -> None:
     assert_near(case._replace(state=same), resumed=False)
 
 
+def test_keys_of_128() -> None:
+    """Larger than the parts in which the reverse scan takes the states' cotangents."""
+    case = tame(SILU, **SMALL | {"dim": 128})
+    assert_near(spread(case, (0, 5), (32, 29), restart=1))
+
+
 @pytest.mark.parametrize("name", ["bounded", "linear"])
 def test_half_precision(name: str) -> None:
     case = CASES[name]
