@@ -282,9 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         budgets.append(b)
         print(row(b), flush=True)
     if options.json:
-        options.json.write_text(
-            json.dumps([{**asdict(b), "problems": b.problems()} for b in budgets], indent=1), encoding="utf-8"
-        )
+        options.json.write_text(json.dumps([asdict(b) for b in budgets], indent=1), encoding="utf-8")
     bad = [f"{b.kernel} {words(b.sizes)} {b.target} {b.config}: {p}" for b in budgets for p in (*b.problems(), *b.spilled())]
     print(f"{len(budgets)} compiled, {len(bad)} problems", *bad, sep="\n  ")
     return 1 if any(b.problems() or (b.spilled() and not options.all) for b in budgets) else 0

@@ -1,7 +1,7 @@
 """The default configurations of the Triton kernels, as rules: for every field, the first rule that fits and names it counts.
 
-`python -m titans_graph.kernels.triton_aot` compiles what it chooses ahead of time, and reports where one spills registers or
-needs more shared memory than the chip has.
+Each configuration that this table chooses for the usual sizes is compiled by tests/kernels/test_triton_aot.py, which fails
+where one spills registers or needs more shared memory than the chip has; tests/golden/triton_budgets.txt holds the figures.
 """
 
 from __future__ import annotations

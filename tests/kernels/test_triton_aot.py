@@ -1,4 +1,4 @@
-"""Triton kernels compile without a GPU, and what they need of a chip is read and judged; all of them nightly.
+"""Every Triton kernel compiles without a GPU for every target, fits the chip and spills nothing, in its default configuration.
 
 Each compilation runs in a process without ``TRITON_INTERPRET``, which the tests beside it need.
 """
@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ import pytest
 
 from titans_graph.kernels import triton_aot
 from titans_graph.kernels.triton_aot import Budget
-from titans_graph.kernels.triton_config import ARCHS, Config, Sizes, importable
+from titans_graph.kernels.triton_config import ARCHS, Config, Sizes, importable, kernels
 
 pytestmark = pytest.mark.skipif(not importable(), reason="needs triton")
 
 ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = "tests/golden/triton_budgets.txt"
 NAMES = (
     *("linear_scan", "linear_fused", "linear_read", "linear_delta_backward", "linear_reverse", "linear_query_backward"),
     *("linear_key_backward", "gates", "gates_backward", "mlp_scan", "mlp_read", "mlp_recall", "mlp_alike"),
@@ -86,6 +88,27 @@ def test_a_toy_is_measured(tmp_path: Path) -> None:
     assert "bytes of stack" in large
     assert refused.startswith("does not compile: ")
     assert wrong == "wrong: describe() leaves out ['count', 'out', 'y'] and adds ['z']"
+
+
+def test_default_configurations_fit_every_target(tmp_path: Path, golden: Callable[[str, str], None]) -> None:
+    """What CI compiles: every kernel in bf16; golden figures, and no product beside the chip's matrix unit."""
+    import triton
+
+    budgets = compile_all(tmp_path / "budgets.json")
+    problems = [f"{triton_aot.row(b)}: {p}" for b in budgets for p in (*b.problems(), *b.spilled())]
+    assert not problems, "\n".join(problems)
+    assert set(kernels()) == set(NAMES)
+    plain = {"mlp_read_plain_backward"}  # read: chunk alone has it, which is compiled nightly
+    for target in ARCHS:
+        here = [b for b in budgets if b.target == target]
+        assert {b.kernel for b in here} == set(kernels()) - plain
+        without = {b.kernel for b in here if not b.matrix}
+        assert without == {"gates", "gates_backward", "linear_decode", "mlp_decode"}, "products run on the matrix unit"
+    text = f"triton {triton.__version__}; bytes of stack and shared memory\n\n{triton_aot.table(budgets)}"
+    path = ROOT / GOLDEN
+    if path.is_file() and not path.read_text(encoding="utf-8").startswith(text.partition(";")[0] + ";"):
+        pytest.skip("the golden figures are those of another version of triton")
+    golden(GOLDEN, text)
 
 
 @pytest.mark.nightly
