@@ -11,6 +11,7 @@ from titans_graph.kernels.triton_config import Rule
 LINEAR: tuple[Rule, ...] = (
     Rule("linear_scan", "sm_80", {"dim": 256}, {"tile": 16}),
     Rule("linear_scan", "sm_100", {"dim": 256}, {"tile": 16}),
+    Rule("linear_scan", "gfx942", {"dim": 256, "chunk": 64}, {"num_warps": 8, "tile": 16}),
     Rule("linear_scan", "gfx942", {"dim": 256}, {"num_warps": 4}),
     Rule("linear_scan", sizes={"dim": 256}, config={"num_warps": 8, "num_stages": 2, "tile": 32}),
     Rule("linear_scan", "sm_100", {"dim": 128}, {"num_warps": 8}),
@@ -19,7 +20,7 @@ LINEAR: tuple[Rule, ...] = (
     Rule("linear_fused", "sm_80", config={"num_warps": 8, "tile": 16}),
     Rule("linear_fused", "sm_100", {"chunk": 32}, {"tile": 16}),
     Rule("linear_fused", "sm_100", config={"num_warps": 8}),
-    Rule("linear_reverse", "sm_100", {"dim": 256, "chunk": 64}, {"num_warps": 4}),
+    Rule("linear_reverse", "sm_100", {"dim": 256, "chunk": 64}, {"num_stages": 1}),
     Rule("linear_reverse", "gfx942", {"dim": 256}, {"num_warps": 4}),
     Rule("linear_reverse", sizes={"dim": 256}, config={"num_warps": 8, "num_stages": 2, "tile": 16}),
     Rule("linear_reverse", "gfx942", {"dim": 64, "chunk": 128}, {"num_warps": 4}),
