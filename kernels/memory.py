@@ -76,8 +76,8 @@ def memory_scan(
     checkpoint to the next in the backward pass of the portable form (at least 1); by default by the rule of
     :mod:`~titans_graph.kernels.memory_checkpoints`.
 
-    Raises :class:`UsageError` for unknown names, a grid that is not a whole number of chunks, and a memory that
-    ``kernel="triton"`` does not know.
+    Raises :class:`UsageError` for unknown names, a grid that is not a whole number of chunks, a memory that
+    ``kernel="triton"`` does not know, and ``every`` with a kernel that has no checkpoints.
     """
     check_choices(read, kernel)
     if every != AUTOMATIC and every < 1:
@@ -91,9 +91,9 @@ def memory_scan(
         raise UsageError("the memory's operators know reverse-mode gradients only; take kernel='reference' under torch.func")
     operand = operand_type(q.dtype, dtype)
     kernel = choose(kernel, network, objective, read, chunk, bounded, q.shape[-1], operand, q.is_cuda)
+    if kernel in ("triton", "reference") and every != AUTOMATIC:
+        raise UsageError(f"every={every} is a setting of the portable form, not of {kernel}: take kernel='chunk' or 'compiled'")
     if kernel == "triton":
-        if every != AUTOMATIC:
-            raise UsageError("every is a setting of the portable form: take kernel='chunk' or 'compiled' with it")
         tokens = [*(x.to(operand) for x in (q, k, v)), step, log_momentum, log_keep]
         y, *ends = memory_triton(
             network, objective, read, chunk, bounded, state, tokens, (valid, position), resumed=resumed

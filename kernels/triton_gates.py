@@ -18,7 +18,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from titans_graph.kernels.triton_common import chunk_place
+from titans_graph.kernels.triton_common import sequence_place, valid_slots
+
+
+@triton.jit
+def slot_gates(log_momentum, log_keep, valid, first, where, length, t):
+    """Of slot ``t``: whether it holds a token, its keep ``a`` and its momentum; both 1 where it holds none."""
+    here = (tl.load(valid + where + t, mask=t < length, other=0) != 0) & (t < length)
+    a = tl.exp(tl.load(log_keep + first + t, mask=here, other=0.0))
+    m = tl.exp(tl.load(log_momentum + first + t, mask=here, other=0.0))
+    return here, a, m
+
+
+@triton.jit
+def after_row(gain, share, here, a, m, own):
+    """The rows G and E after a slot from those before it; ``own``: which entry is the slot's."""
+    share = share * m + tl.where(own, 1.0, 0.0)
+    return gain * a + tl.where(here, share, 0.0), share
+
+
+@triton.jit
+def after_slot(gain, share, decay, push, surprise, here, a, m, own):
+    """G, E, a0, f and e0 after a slot from those before it."""
+    gain, share = after_row(gain, share, here, a, m, own)
+    surprise = surprise * m
+    return gain, share, decay * a, push * a + tl.where(here, surprise, 0.0), surprise
 
 
 @triton.jit
@@ -39,14 +63,11 @@ def gates_kernel(
 ):
     """W, a0, f, w, u and the end's scalars; ``SHIFT``: slots read the weights before their own update."""
     n, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    number, c, _ = chunk_place(chunks, n)
+    number, _, first, where, length = sequence_place(sequences, chunks, n, h, stride, C)
     if number < 0:
         return
-    first = tl.load(sequences + number * 5) + h * stride + c * C
-    where = tl.load(sequences + number * 5 + 1) + c * C
-    length = tl.load(sequences + number * 5 + 2) - c * C
     i = tl.arange(0, C)
-    ok = tl.load(valid + where + i, mask=i < length, other=0) != 0
+    ok = valid_slots(valid, where, length, C)
     theta = tl.load(step + first + i, mask=ok, other=0.0)
     at = n * heads + h
     gain = tl.zeros([C], tl.float32)
@@ -57,19 +78,13 @@ def gates_kernel(
     push = 0.0
     surprise = 1.0
     for t in range(C):
-        here = (tl.load(valid + where + t, mask=t < length, other=0) != 0) & (t < length)
-        a = tl.exp(tl.load(log_keep + first + t, mask=here, other=0.0))
-        m = tl.exp(tl.load(log_momentum + first + t, mask=here, other=0.0))
+        here, a, m = slot_gates(log_momentum, log_keep, valid, first, where, length, t)
         row = mix + (at * C + t) * C + i
         if SHIFT:
             tl.store(row, (gain * theta).to(mix.dtype.element_ty))
             decays = tl.where(i == t, decay, decays)
             pushes = tl.where(i == t, push, pushes)
-        share = share * m + tl.where(i == t, 1.0, 0.0)
-        surprise = surprise * m
-        gain = gain * a + tl.where(here, share, 0.0)
-        decay = decay * a
-        push = push * a + tl.where(here, surprise, 0.0)
+        gain, share, decay, push, surprise = after_slot(gain, share, decay, push, surprise, here, a, m, i == t)
         if not SHIFT:
             tl.store(row, (gain * theta).to(mix.dtype.element_ty))
             decays = tl.where(i == t, decay, decays)
@@ -111,14 +126,11 @@ def gates_backward_kernel(
     room for G and E.
     """
     n, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    number, c, _ = chunk_place(chunks, n)
+    number, _, first, where, length = sequence_place(sequences, chunks, n, h, stride, C)
     if number < 0:
         return
-    first = tl.load(sequences + number * 5) + h * stride + c * C
-    where = tl.load(sequences + number * 5 + 1) + c * C
-    length = tl.load(sequences + number * 5 + 2) - c * C
     i = tl.arange(0, C)
-    ok = tl.load(valid + where + i, mask=i < length, other=0) != 0
+    ok = valid_slots(valid, where, length, C)
     at = n * heads + h
     factor = tl.load(scale + at)
     theta = tl.load(step + first + i, mask=ok, other=0.0) * factor
@@ -133,20 +145,14 @@ def gates_backward_kernel(
     push = 0.0
     surprise = 1.0
     for t in range(C):
-        here = (tl.load(valid + where + t, mask=t < length, other=0) != 0) & (t < length)
-        a = tl.exp(tl.load(log_keep + first + t, mask=here, other=0.0))
-        m = tl.exp(tl.load(log_momentum + first + t, mask=here, other=0.0))
+        here, a, m = slot_gates(log_momentum, log_keep, valid, first, where, length, t)
         # What stood before slot t: the factors of its gates' cotangents.
         tl.store(g_rows + t * C, gain)
         tl.store(e_rows + t * C, share)
         decays = tl.where(i == t, decay, decays)
         pushes = tl.where(i == t, push, pushes)
         surprises = tl.where(i == t, surprise, surprises)
-        share = share * m + tl.where(i == t, 1.0, 0.0)
-        surprise = surprise * m
-        gain = gain * a + tl.where(here, share, 0.0)
-        decay = decay * a
-        push = push * a + tl.where(here, surprise, 0.0)
+        gain, share, decay, push, surprise = after_slot(gain, share, decay, push, surprise, here, a, m, i == t)
     tl.debug_barrier()
     given = d_vectors + at * 4 * C
     d_last = tl.load(given + 2 * C + i)
@@ -161,9 +167,7 @@ def gates_backward_kernel(
     d_momenta = tl.zeros([C], tl.float32)
     for back in range(C):
         t = C - 1 - back
-        here = (tl.load(valid + where + t, mask=t < length, other=0) != 0) & (t < length)
-        a = tl.exp(tl.load(log_keep + first + t, mask=here, other=0.0))
-        m = tl.exp(tl.load(log_momentum + first + t, mask=here, other=0.0))
+        here, a, m = slot_gates(log_momentum, log_keep, valid, first, where, length, t)
         # The slot whose row of W holds G[t]: t itself, or the one after it.
         read = t + 1 if SHIFT else t
         seen = read < C
@@ -175,7 +179,7 @@ def gates_backward_kernel(
         d_first += tl.where(here, d_push, 0.0)
         before = tl.load(g_rows + t * C)
         shared = tl.load(e_rows + t * C)
-        after = before * a + tl.where(here, shared * m + tl.where(i == t, 1.0, 0.0), 0.0)
+        after, _shared = after_row(before, shared, here, a, m, i == t)
         d_theta += cotangent * after
         d_a = tl.sum(d_gain * before) + d_decay * tl.sum(tl.where(i == t, decays, 0.0))
         d_a += d_push * tl.sum(tl.where(i == t, pushes, 0.0))

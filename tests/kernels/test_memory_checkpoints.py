@@ -19,10 +19,11 @@ from titans_graph.kernels.memory_checkpoints import AUTOMATIC, ROOM, SPARE, WIDE
 run_scan: Any = memory_scan  # Called with unpacked lists, which no checker follows.
 
 
-def call(case: Case, every: int) -> list[Tensor]:
+def call(case: Case, every: int, kernel: str = "auto") -> list[Tensor]:
     """All results of the case's scan with checkpoints ``every`` chunks."""
     static = case.network, case.objective, case.read, case.chunk, case.bounded
-    y, *ends = run_scan(*static, *case.state.values(), *case.tokens.values(), case.valid, case.position, every=every)
+    options = {"every": every, "kernel": kernel}
+    y, *ends = run_scan(*static, *case.state.values(), *case.tokens.values(), case.valid, case.position, **options)
     return [y, *(x for end in ends for x in end)]
 
 
@@ -55,6 +56,12 @@ def test_there_are_slots_enough(steps: int, size: int, every: int) -> None:
 def test_spacings_below_one_are_refused() -> None:
     with pytest.raises(UsageError, match="at least 1"):
         call(make("linear"), 0)
+
+
+def test_checkpoints_of_a_kernel_without_any_are_refused() -> None:
+    """The token-by-token truth has none: what it cannot keep to is an error, not ignored."""
+    with pytest.raises(UsageError, match=r"every=2 .* not of reference: take kernel='chunk' or 'compiled'"):
+        call(make("linear"), 2, "reference")
 
 
 def test_a_batch_without_rows() -> None:
