@@ -15,7 +15,7 @@ import titans_graph as tg
 from tests.models import small
 from tests.training.data import SENTENCE, quick, run
 from tests.training.stand_in import build
-from tests.training.test_loop import Breaking
+from tests.training.test_loop import Breaking, Stopping
 from titans_graph.cli import main
 from titans_graph.errors import CheckpointError
 from titans_graph.training import atomic, checkpoint, logs, replay
@@ -164,8 +164,10 @@ def test_a_validation_that_is_no_number_is_said(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(loop, "bits_per_byte", lambda *args, **given: float("nan"))
     notes: list[str] = []
-    run(tmp_path, note=notes.append)
+    run(tmp_path, quick(checkpoint_every=2), Stopping(5), note=notes.append)
     assert notes[0] == "note: step 3: the validation gives nan; training losses are finite"
+    assert run(tmp_path, quick(checkpoint_every=2), note=notes.append).step == 6, "the run goes on all the same"
+    assert any("going on from step 5" in note for note in notes)
 
 
 def test_a_trace_that_fails_does_not_hide_the_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

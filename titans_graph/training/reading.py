@@ -66,7 +66,8 @@ def _number(value: Any) -> bool:
 _KNOWN: dict[str, Callable[[Any], bool]] = {
     "step": _count,
     "seconds": _number,
-    "bits_per_byte": lambda value: value is None or _number(value),
+    # A validation that gave a NaN is no reason to lose a run, whose weights are finite.
+    "bits_per_byte": lambda value: value is None or _number(value) or (type(value) is float and not math.isfinite(value)),
     "config": lambda value: isinstance(value, dict),
 }
 
