@@ -14,7 +14,8 @@ from random import Random
 from types import FrameType
 from typing import Any
 
-from tests.fuzz import contracts, files, mutate, seeds
+from tests.fuzz import contracts, files, folders, mutate, seeds
+from titans_graph.training import replay
 
 Draw = Callable[[Random], bytes]
 
@@ -49,6 +50,10 @@ TARGETS = {
         Target("optimizer", files.draw_optimizer, files.optimizer),
         Target("progress", files.draw_progress, files.progress),
         Target("manifest", files.draw_manifest, files.manifest),
+        Target("batch", folders.draw_batch, folders.kept(replay.BATCH)),
+        Target("replay", folders.draw_report, folders.kept(replay.REPLAY)),
+        Target("log", folders.draw_log, folders.log),
+        Target("identity", folders.draw_identity, folders.identity),
     )
 }
 

@@ -14,6 +14,8 @@ from titans_graph.training.config import TrainConfig
 from titans_graph.training.interface import LanguageModel
 
 FILE = "run.json"
+_SETTINGS = 20
+"""Settings that are shown where they differ; a run has fewer."""
 _COMPARED = 4000
 """Lines of two specs that are compared."""
 
@@ -104,14 +106,13 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     there, here = found["data"], wanted["data"]
     if there.get("identity") != here["identity"]:
         lines.append(
-            f"the text: {there.get('name')!r} with {there.get('bytes'):,} training bytes there, "
+            f"the text: {there.get('name')!r:.200} with {there.get('bytes'):,} training bytes there, "
             f"{here['name']!r} with {here['bytes']:,} here"
         )
     old, new = found["config"], wanted["config"]
-    lines += [
-        f"{key}: {old.get(key)!r:.60} there, {new.get(key)!r:.60} here" for key in new | old if old.get(key) != new.get(key)
-    ]
-    return lines
+    other = [key for key in new | old if old.get(key) != new.get(key)]
+    lines += [f"{reading.shown(key, 60)}: {old.get(key)!r:.60} there, {new.get(key)!r:.60} here" for key in other[:_SETTINGS]]
+    return lines + [f"and {len(other) - _SETTINGS} more settings"] * (len(other) > _SETTINGS)
 
 
 def _changes(there: list[str], here: list[str]) -> list[str]:
@@ -119,8 +120,7 @@ def _changes(there: list[str], here: list[str]) -> list[str]:
     if len(there) + len(here) > _COMPARED:
         return [f"- {len(there)} lines", f"+ {len(here)} lines"]
     changes = difflib.unified_diff(there, here, n=0, lineterm="")
-    shown = (line[:160] for line in changes if not line.startswith(("---", "+++", "@@")))
-    return ["".join(c if c.isprintable() else "\ufffd" for c in line) for line in shown]
+    return [reading.shown(line, 160) for line in changes if not line.startswith(("---", "+++", "@@"))]
 
 
 def _read(run: Path) -> tuple[dict[str, Any] | None, str]:
@@ -140,4 +140,5 @@ def _whole(identity: Any) -> TypeGuard[dict[str, Any]]:
         return False
     data, config = identity.get("data"), identity.get("config")
     words = isinstance(identity.get("fingerprint"), str) and isinstance(identity.get("spec"), str)
-    return words and isinstance(config, dict) and isinstance(data, dict) and isinstance(data.get("bytes"), int)
+    size = data.get("bytes") if isinstance(data, dict) else None
+    return words and isinstance(config, dict) and type(size) is int and abs(size) < 1 << 63

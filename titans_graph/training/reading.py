@@ -41,6 +41,11 @@ def json_of(path: Path) -> Any:
         raise ValueError("nested too deep") from None
 
 
+def shown(text: str, longest: int = 200) -> str:
+    """A text out of a file, fit to be shown: bounded, and nothing in it that a terminal would obey."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in shortened(text, longest))
+
+
 def progress(path: Path) -> dict[str, Any]:
     """What ``progress.json`` says, with every known key of its type; ``step`` is always there. CheckpointError."""
     try:

@@ -19,9 +19,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from titans_graph.errors import CheckpointError, TitansGraphError
+from titans_graph.errors import CheckpointError, TitansGraphError, shortened
 from titans_graph.runtime import files
 from titans_graph.runtime.denormals import flushed
+from titans_graph.tasks.text import VOCABULARY
 from titans_graph.training import atomic, checkpoint, reading
 from titans_graph.training.config import TrainConfig
 from titans_graph.training.interface import Build, LanguageModel
@@ -133,13 +134,46 @@ def find(path: str | Path) -> Step:
         path = kept[-1]
     start = checkpoint.find(path, lambda text: None)
     try:
-        report, windows = reading.json_of(path / REPLAY), files.read(path / BATCH, "batch", CheckpointError)[0]["windows"]
-        if windows.dim() != 2 or windows.dtype != torch.int64 or not {"value", "device"} <= report.keys():
-            raise ValueError("the batch is no windows of ids, or the report is not complete")
-        windows = files.copied(windows, torch.device("cpu"))
-        return Step(path, start, windows, {**report, "step": int(report["step"]), "what": str(report["what"])})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise CheckpointError(f"{path}: no step that can be run again ({error})") from error
+        report = _report(reading.json_of(path / REPLAY))
+        windows = _windows(files.read(path / BATCH, "batch", CheckpointError)[0]["windows"])
+        return Step(path, start, windows, report)
+    except (OSError, ValueError, KeyError) as error:
+        reason = shortened(str(error), 200)
+        raise CheckpointError(f"{path}: no step that can be run again ({reason})") from error
+
+
+def _windows(found: Tensor) -> Tensor:
+    """Windows of bytes ``[B, T + 1]``, of at least one token each, as a copy; ValueError for anything else."""
+    if found.dim() != 2 or found.dtype != torch.int64 or found.shape[0] < 1 or found.shape[1] < 2:
+        raise ValueError(f"its batch is {list(found.shape)} {found.dtype}, no windows of ids")
+    if not 0 <= int(found.min()) <= int(found.max()) < VOCABULARY:
+        raise ValueError(f"its batch holds ids outside of 0..{VOCABULARY - 1}")
+    return files.copied(found, torch.device("cpu"))
+
+
+def _report(found: Any) -> dict[str, Any]:
+    """What ``replay.json`` says, fit to be shown to anybody; ValueError where it is no report."""
+    report = _shown(found)
+    words = isinstance(report, dict) and all(isinstance(report.get(key), str) for key in ("what", "value", "device"))
+    step = report.get("step") if words else None
+    if type(step) is not int or not 0 <= step < 1 << 53:
+        raise ValueError(f"{REPLAY} is no report of a step")
+    return dict(report)
+
+
+def _shown(value: Any, depth: int = 0) -> Any:
+    """A value of JSON without what a terminal or another reader of JSON would choke on; ValueError where it is nested deep."""
+    if isinstance(value, str):
+        return reading.shown(value, 500)
+    if isinstance(value, list | dict):
+        if depth == 4 or len(value) > 1000:
+            raise ValueError(f"{REPLAY} is no report of a step")
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        shown = {key: _shown(item, depth + 1) for key, item in items}
+        return {_shown(key): item for key, item in shown.items()} if isinstance(value, dict) else list(shown.values())
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
 
 
 def rerun(step: Step, build: Build) -> Rerun:
