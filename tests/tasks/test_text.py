@@ -8,8 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import titans_graph as tg
 from titans_graph.errors import DataError, UsageError
 from titans_graph.tasks import text
+from titans_graph.training.evaluate import bits_per_byte
+from titans_graph.training.generate import generate
+from titans_graph.training.objective import LossModule
 
 
 def content(part: torch.Tensor) -> bytes:
@@ -144,3 +148,27 @@ def test_the_vocabulary_must_hold_bytes() -> None:
     text.check_vocabulary(256)
     with pytest.raises(UsageError, match="100 logits"):
         text.check_vocabulary(100)
+
+
+TWO_OUTPUTS = """\
+titans_graph: 1
+input: {tokens: [B, T]}
+nodes:
+  e: {use: embedding, in: tokens, vocab: 256, dim: 4}
+  y: {use: head.linear, in: e, vocab: 256}
+output: {y: y, e: e}
+"""
+
+
+def test_a_model_of_several_outputs_speaks_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "two.yaml"
+    path.write_text(TWO_OUTPUTS)
+    model = tg.load(path)
+    words = torch.zeros(1, 5, dtype=torch.int64)
+    for use in (
+        lambda: LossModule(model, compile=False)(words),
+        lambda: list(generate(model, "a", tokens=1)),
+        lambda: bits_per_byte(model, words[0].to(torch.uint8), restart=0),
+    ):
+        with pytest.raises(UsageError, match="the model gives y, e; byte text needs one output"):
+            use()

@@ -27,6 +27,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -215,6 +216,16 @@ def _files(root: Path, without: frozenset[str] = frozenset()) -> list[Path]:
 
 def _tensor(content: bytes) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def check_logits(found: Any) -> None:
+    """UsageError unless what a model gave is one tensor of logits ``[..., vocabulary]`` that can speak bytes."""
+    if not isinstance(found, Tensor):
+        names = ", ".join(map(str, found)) if isinstance(found, dict) else type(found).__name__
+        raise UsageError(
+            f"the model gives {names:.200}; byte text needs one output, the logits: leave the others out of the spec"
+        )
+    check_vocabulary(found.shape[-1])
 
 
 def check_vocabulary(size: int) -> None:

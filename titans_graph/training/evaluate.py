@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from titans_graph.errors import DataError
-from titans_graph.tasks.text import check_vocabulary
+from titans_graph.tasks.text import check_logits
 
 PIECE = 4096
 """Bytes read in one call; the result does not depend on it."""
@@ -37,7 +37,7 @@ def bits_per_byte(
     for tokens, carried in calls:
         tokens = tokens.to(device).long()
         logits, state = forward(tokens[:, :-1], state if carried else None)
-        check_vocabulary(logits.shape[-1])
+        check_logits(logits)
         total += cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").item()
     return total / (len(text) - 1) / math.log(2)
 

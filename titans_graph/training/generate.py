@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from titans_graph.errors import UsageError
-from titans_graph.tasks.text import VOCABULARY, check_vocabulary
+from titans_graph.tasks.text import VOCABULARY, check_logits, check_vocabulary
 from titans_graph.training.interface import LanguageModel
 
 
@@ -54,6 +54,7 @@ def _bytes(model: LanguageModel, prompt: bytes, tokens: int, temperature: float,
     for _ in range(tokens):
         with torch.no_grad():
             logits, state = model(step, state)
+            check_logits(logits)
         value = sample(logits[0, -1], temperature, top_k, source)
         yield value
         step = torch.tensor([[value]], device=device)

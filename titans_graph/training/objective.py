@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from titans_graph.tasks.text import check_vocabulary
+from titans_graph.tasks.text import check_logits
 from titans_graph.training.interface import LanguageModel
 
 
@@ -20,5 +20,5 @@ class LossModule(nn.Module):
     def forward(self, windows: Tensor) -> Tensor:
         """The scalar loss."""
         logits, _ = self._calls[0](windows[:, :-1])
-        check_vocabulary(logits.shape[-1])
+        check_logits(logits)
         return cross_entropy(logits.float().flatten(0, 1), windows[:, 1:].flatten())
