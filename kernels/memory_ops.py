@@ -116,7 +116,7 @@ def _forward(
                 slot[c // every].copy_(x)
         at = now if flags.all_first else where(flags.first, now, at)
         part, *ends = walk.forward(c, now, moving)
-        y[:, c] = torch.where(walk.slots(c)[..., None], part, 0.0)
+        y[:, c] = part if flags.full else torch.where(walk.slots(c)[..., None], part, 0.0)
         now, moving = ends[: len(now)], ends[len(now) : 2 * len(now)]
         for slot, x in zip(scale, ends[2 * len(now) :], strict=False):
             slot[:, c] = x
@@ -247,7 +247,9 @@ class _Sweep:
         """Carry the cotangents from the end of chunk ``c`` to its start."""
         walk, flags, count = self.walk, self.walk.flags[c], self.count
         inputs = walk.inputs(c, *self.start(c))
-        y = torch.where(walk.slots(c)[..., None], piece(self.y, c, walk.chunk), 0.0)
+        y = piece(self.y, c, walk.chunk)
+        if not flags.full:
+            y = torch.where(walk.slots(c)[..., None], y, 0.0)
         grads = walk.backward(c, inputs, [y, *self.weights, *self.momenta], count)
         if flags.resumed:
             body_anchor, grads = grads[:count], grads[count:]

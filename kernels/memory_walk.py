@@ -19,7 +19,7 @@ class Flags(NamedTuple):
     """What the rows do at one chunk; the booleans are read on the host once a call.
 
     ``first`` and ``restart`` are ``[N]``. ``all_first``: every row begins a chunk. ``any_restart``: some row restarts.
-    ``resumed``: some row has tokens here whose chunk began in an earlier call.
+    ``resumed``: some row has tokens here whose chunk began in an earlier call. ``full``: every slot holds a token.
     """
 
     first: Tensor
@@ -27,6 +27,7 @@ class Flags(NamedTuple):
     all_first: bool
     any_restart: bool
     resumed: bool
+    full: bool
 
 
 def flags_of(valid: Tensor, position: Tensor, chunk: int, heads: int) -> list[Flags]:
@@ -34,8 +35,9 @@ def flags_of(valid: Tensor, position: Tensor, chunk: int, heads: int) -> list[Fl
     batch = valid.shape[0]
     first = valid[:, ::chunk]
     restart = first & (position[:, ::chunk] == 0)
-    late = ~first & valid.view(batch, valid.shape[1] // chunk, chunk).any(-1)
-    host = torch.stack([first.all(0), restart.any(0), late.any(0)], 1).tolist()
+    slots = valid.view(batch, valid.shape[1] // chunk, chunk)
+    late = ~first & slots.any(-1)
+    host = torch.stack([first.all(0), restart.any(0), late.any(0), slots.all(-1).all(0)], 1).tolist()
     rows = torch.stack([first, restart]).repeat_interleave(heads, 1).unbind(-1)
     return [Flags(r[0], r[1], *h) for r, h in zip(rows, host, strict=True)]
 
