@@ -22,7 +22,7 @@ from titans_graph.kernels.memory_checkpoints import SPARE, slots, spacing
 from titans_graph.kernels.memory_chunk import Form
 from titans_graph.kernels.memory_compile import undisturbed
 from titans_graph.kernels.memory_objectives import parse_objective
-from titans_graph.kernels.memory_walk import Flags, Walk, added, flags_of, masked, merge, piece, split, where
+from titans_graph.kernels.memory_walk import Flags, Walk, added, cut, flags_of, masked, merge, piece, split, where
 from titans_graph.kernels.networks import parse_network
 
 log = logging.getLogger("titans_graph.kernels")
@@ -107,7 +107,7 @@ def _forward(
     every = spacing(steps, every, size)
     for slot in kept:
         slot[-SPARE:].zero_()
-    at = walk.entry_anchor
+    at, answers = walk.entry_anchor, y.unbind(1)
     for c, flags in enumerate(walk.flags):
         if flags.any_restart:
             now, moving = where(flags.restart, initial_weights, now), where(flags.restart, initial_momenta, moving)
@@ -116,7 +116,7 @@ def _forward(
                 slot[c // every].copy_(x)
         at = now if flags.all_first else where(flags.first, now, at)
         part, *ends = walk.forward(c, now, moving)
-        y[:, c] = part if flags.full else torch.where(walk.slots(c)[..., None], part, 0.0)
+        answers[c].copy_(part if flags.full else torch.where(walk.slots(c)[..., None], part, 0.0))
         now, moving = ends[: len(now)], ends[len(now) : 2 * len(now)]
         for slot, x in zip(scale, ends[2 * len(now) :], strict=False):
             slot[:, c] = x
@@ -219,13 +219,14 @@ class _Sweep:
         ends: list[Tensor],
         y: Tensor,
     ) -> None:
-        self.walk, self.every, self.initial, self.saved, self.y = walk, every, initial, saved, y
+        self.walk, self.every, self.initial, self.saved, self.y = walk, every, initial, saved, cut(y, walk.chunk)
         self.count = len(ends) // 3
         self.weights, self.momenta = ends[self.count : 2 * self.count], ends[2 * self.count :]
         self.anchor: list[Tensor] | None = ends[: self.count]
         self.initial_weights = [torch.zeros_like(x) for x in self.weights]
         self.initial_momenta = [torch.zeros_like(x) for x in self.momenta]
         self.tokens = [x.new_empty(x.shape[0] * x.shape[1], len(walk.flags), walk.chunk, *x.shape[3:]) for x in walk.tokens]
+        self.parts = [x.unbind(1) for x in self.tokens]
         self.group: list[tuple[list[Tensor], list[Tensor]]] = []
 
     def start(self, c: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -247,7 +248,7 @@ class _Sweep:
         """Carry the cotangents from the end of chunk ``c`` to its start."""
         walk, flags, count = self.walk, self.walk.flags[c], self.count
         inputs = walk.inputs(c, *self.start(c))
-        y = piece(self.y, c, walk.chunk)
+        y = piece(self.y[c])
         if not flags.full:
             y = torch.where(walk.slots(c)[..., None], y, 0.0)
         grads = walk.backward(c, inputs, [y, *self.weights, *self.momenta], count)
@@ -259,8 +260,8 @@ class _Sweep:
         self._to_weights(flags)
         if flags.any_restart:
             self._to_initial(flags)
-        for slot, g in zip(self.tokens, grads[2 * count :], strict=True):
-            slot[:, c].copy_(g)
+        for parts, g in zip(self.parts, grads[2 * count :], strict=True):
+            parts[c].copy_(g)
 
     def results(self) -> list[Tensor]:
         """All cotangents in the operator's order, every one a tensor of its own."""

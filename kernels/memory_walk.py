@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from titans_graph.kernels.memory_chunk import Form
-from titans_graph.kernels.memory_compile import ADVANCE, FORWARD, PULLBACK, body_of, compiled
+from titans_graph.kernels.memory_compile import ADVANCE, FORWARD, PULLBACK, Body, body_of, compiled
 
 
 class Flags(NamedTuple):
@@ -67,30 +67,47 @@ def split(values: list[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
     return [x.view(o.shape) for x, o in zip(values, like, strict=True)]
 
 
-def piece(x: Tensor, c: int, chunk: int) -> Tensor:
-    """Chunk ``c`` of ``[B, H, G, ...]``, contiguous ``[N, C, ...]``: a copy of one chunk at a time, never of all."""
-    return x[:, :, c * chunk : (c + 1) * chunk].flatten(0, 1).contiguous()
+def cut(x: Tensor, chunk: int) -> tuple[Tensor, ...]:
+    """``[B, H, G, ...]`` as one view ``[B, H, C, ...]`` per chunk."""
+    return x.view(*x.shape[:2], x.shape[2] // chunk, chunk, *x.shape[3:]).unbind(2)
 
 
-class Walk(NamedTuple):
-    """Everything forward and backward need to run one chunk."""
+def piece(part: Tensor) -> Tensor:
+    """One chunk of :func:`cut`, contiguous ``[N, C, ...]``: a copy of one chunk at a time, never of all."""
+    return part.contiguous().flatten(0, 1)
 
-    form: Form
-    compiled: bool
-    chunk: int
-    flags: list[Flags]
-    entry_anchor: list[Tensor]
-    tokens: list[Tensor]
-    valid: Tensor
+
+class Walk:
+    """Everything forward and backward need to run one chunk.
+
+    ``tokens``: [q, k, v ``[B, H, G, d]``, step, log_momentum, log_keep ``[B, H, G]``]; ``valid`` ``[B, G]``;
+    ``entry_anchor`` ``[N, *shape]``. What is the same at every chunk is made here, once.
+    """
+
+    def __init__(
+        self,
+        form: Form,
+        use_compiled: bool,
+        chunk: int,
+        flags: list[Flags],
+        entry_anchor: list[Tensor],
+        tokens: list[Tensor],
+        valid: Tensor,
+    ) -> None:
+        self.form, self.compiled, self.chunk, self.flags = form, use_compiled, chunk, flags
+        self.entry_anchor, self.tokens = entry_anchor, tokens
+        self._cut = [cut(x, chunk) for x in tokens]
+        rows = valid.view(valid.shape[0], len(flags), chunk).transpose(0, 1).repeat_interleave(tokens[0].shape[1], 1)
+        self._slots = rows.contiguous().unbind(0)
+        self._bodies: dict[tuple[str, bool], Body] = {}
 
     def slots(self, c: int) -> Tensor:
         """Which slots of chunk ``c`` are valid, ``[N, C]``."""
-        heads = self.tokens[0].shape[1]
-        return self.valid[:, c * self.chunk : (c + 1) * self.chunk].repeat_interleave(heads, 0)
+        return self._slots[c]
 
     def inputs(self, c: int, weights: list[Tensor], momenta: list[Tensor]) -> list[Tensor]:
         """The differentiable arguments of chunk ``c``'s body."""
-        state = [*weights, *momenta, *(piece(x, c, self.chunk) for x in self.tokens)]
+        state = [*weights, *momenta, *(piece(parts[c]) for parts in self._cut)]
         if not self.flags[c].resumed:
             return state
         # A row with tokens in a chunk it did not begin is in its first chunk of this call: its anchor is the entry's.
@@ -113,7 +130,10 @@ class Walk(NamedTuple):
         return list(self._run(c, PULLBACK, [*inputs, self.slots(c), *cotangents], count))
 
     def _run(self, c: int, kind: str, args: list[Tensor], count: int) -> Sequence[Tensor]:
-        resumed = self.flags[c].resumed
-        body = body_of(self.form, kind, count, resumed=resumed)
-        # At most the first chunk of a row is resumed: not worth a compilation of its own.
-        return (compiled((self.form, kind), body, args) if self.compiled and not resumed else body)(*args)
+        key = kind, self.flags[c].resumed
+        if key not in self._bodies:
+            body = body_of(self.form, kind, count, resumed=key[1])
+            # At most the first chunk of a row is resumed: not worth a compilation of its own.
+            use = self.compiled and not key[1]
+            self._bodies[key] = compiled((self.form, kind), body, args) if use else body
+        return self._bodies[key](*args)
