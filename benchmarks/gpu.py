@@ -4,8 +4,8 @@
 
 Needs torch and triton alone. Each row is first checked against the token-by-token recurrence in fp64 (outputs, final states,
 all gradients); only a row that passes is timed: bf16, CUDA graphs, median of 25 runs, L2 flushed before each. Results go to
-``DIR/gpu.json``, written anew after every row; a second start goes on where the first was cut. Ends with 0, 1 where a check
-failed, 2 where there is no GPU, 3 where time ran out before all rows were measured.
+``DIR/gpu.json``, written anew after every row; a second start goes on where the first was cut and repeats what failed. Ends
+with 0, 1 where a check failed, 2 where there is no GPU, 3 where time ran out before all rows were measured.
 
 ``--dry-run`` goes through every row's check at tiny sizes on the processor, in Triton's interpreter, in fp32.
 """
@@ -188,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(json.dumps(log.content["machine"]), flush=True)
     failed, cut = [], []
     for key in (k for k in todo if not options.only or k in options.only):
-        if key not in log:
+        if key not in log or log[key]["failed"]:
             if time.monotonic() - begun > options.seconds:
                 cut.append(key)
                 continue
