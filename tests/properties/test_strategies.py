@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, Phase, find, given, settings
@@ -14,7 +16,7 @@ import titans_graph as tg
 from titans_graph import errors, registry
 from titans_graph.components.norm_rms import RMSNorm
 from titans_graph.ir import Graph, Node
-from titans_graph.spec import read_text, to_yaml
+from titans_graph.spec import read, read_text, to_yaml
 from titans_graph.testing import strategies as tgs
 from titans_graph.testing.strategies import Reading
 
@@ -193,3 +195,29 @@ def test_unknown_components_and_those_without_an_obvious_wiring_are_refused() ->
     assert issubclass(Doubled, nn.Module)
     with pytest.raises(errors.UsageError, match="did you mean 'linear'"):
         tgs.graphs(always=["linera"])
+
+
+@pytest.mark.parametrize("kind", ["graphs", "near_valid_specs"])
+def test_a_failing_example_prints_a_spec_that_can_be_pasted_into_a_file(kind: str, tmp_path: Path) -> None:
+    """The last text in the notes of the failure, as it stands there, is the example that failed."""
+    seen: list[Graph | tgs.Planted] = []
+
+    @settings(
+        max_examples=50, derandomize=True, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+    )
+    @given(example=tgs.graphs() if kind == "graphs" else tgs.near_valid_specs())
+    def test(example: Graph | tgs.Planted) -> None:
+        seen.append(example)
+        pytest.fail("by intent")
+
+    with pytest.raises(pytest.fail.Exception) as caught:
+        test()
+    shown = "\n".join(caught.value.__notes__)
+    *_, text = re.findall(r"^--- .* ---\n((?:.+\n)+)$", shown, re.MULTILINE)
+    failed = seen[-1]
+    if isinstance(failed, Graph):
+        (tmp_path / "pasted.yaml").write_text(text)
+        assert read(tmp_path / "pasted.yaml").graph == failed
+        assert tg.load(tmp_path / "pasted.yaml").graph == failed
+    else:
+        assert text == failed.text

@@ -40,6 +40,7 @@ class _Field:
         self.base = next(iter(graph.main.outputs.values()))
         self.nodes = plain_nodes(graph)
         (kind,) = graph.main.inputs.values()
+        self.single = [name for name, block in graph.blocks.items() if len(block.inputs) == 1]
         self.dim = kind.dim or next(int(n.parameters["dim"]) for n in graph.main.nodes if n.use == "embedding")
 
     def choose(self, options: list[T]) -> T:
@@ -178,11 +179,62 @@ def _unused_node(f: _Field) -> Found:
 
 @_mistake
 def _unused_block(f: _Field) -> Found:
-    address = Address("spare")
-    head = [] if f.graph.blocks else [(Address(MAIN, key="blocks"), "blocks:")]
-    inside = f"input: {{x: [B, T, {f.dim}]}}, nodes: {{y: {{use: norm.rms, in: x}}}}, output: y"
-    f.sheet.insert(len(f.sheet.rows), [*head, (address, f"  spare: {{{inside}}}")])
-    return errors.UnusedNode, address
+    inside = {"input": f"{{x: [B, T, {f.dim}]}}", "nodes": "{y: {use: norm.rms, in: x}}"}
+    return errors.UnusedNode, f.sheet.add_block("spare", **inside, output="y")
+
+
+@_mistake
+def _unused_input_of_a_block(f: _Field) -> Found:
+    inside = {"input": f"{{x: [B, T, {f.dim}], spare: [B, T, {f.dim}]}}", "nodes": "{y: {use: norm.rms, in: x}}"}
+    f.sheet.add_block("half", **inside, output="y")
+    f.plant("other", "half", x=f.base, spare=f.base)
+    return errors.UnusedNode, Address("half", key="input")
+
+
+@_mistake
+def _missing_input_of_a_block(f: _Field) -> Found:
+    if not f.single:
+        return None
+    f.plant("nothing", f.choose(f.single))
+    return errors.MissingInput, Address(MAIN, "nothing")
+
+
+@_mistake
+def _unknown_parameter_of_a_block(f: _Field) -> Found:
+    if not f.single:
+        return None
+    f.plant("strange", f.choose(f.single), x=f.base, nonsense=f.choose([1, "word"]))
+    return errors.UnknownParameter, Address(MAIN, "strange", "nonsense")
+
+
+@_mistake
+def _block_inside_itself(f: _Field) -> Found:
+    f.plant("circle", "endless", x=f.base)
+    inside = {"input": f"{{x: [B, T, {f.dim}]}}", "nodes": "{again: {use: endless, in: x}}"}
+    f.sheet.add_block("endless", **inside, output="again")
+    return errors.LimitExceeded, Address("endless", key="nodes")
+
+
+@_mistake
+def _loop_of_one_token(f: _Field) -> Found:
+    f.plant("slow", "single", x=f.base)
+    memory = "m: {use: memory.neural, opening: x, write: y, heads: 1, chunk: 1, network: linear}"
+    inside = {"segment": "1", "nodes": f"{{{memory}, y: {{use: add, in: [x, m.recalled]}}}}"}
+    f.sheet.add_block("single", input=f"{{x: [B, T, {f.dim}]}}", **inside, output="y")
+    return errors.SlowLoop, Address("single", key="nodes")
+
+
+@_mistake
+def _port_of_an_input(f: _Field) -> Found:
+    f.plant("side", f.choose(["norm.rms", "linear"]), x=Ref(next(iter(f.graph.main.inputs)), "out"))
+    return errors.UnknownPort, Address(MAIN, "side", "x")
+
+
+@_mistake
+def _node_named_like_an_input(f: _Field) -> Found:
+    name = next(iter(f.graph.main.inputs))
+    f.plant(name, "norm.rms", output=False, x=f.base)
+    return errors.DuplicateKey, Address(MAIN, name)
 
 
 @_mistake
@@ -227,10 +279,9 @@ def _output_without_time(f: _Field) -> Found:
 
 @_mistake
 def _features_at_a_block_border(f: _Field) -> Found:
-    single = [name for name, block in f.graph.blocks.items() if len(block.inputs) == 1]
-    if not single:
+    if not f.single:
         return None
-    f.plant("border", f.choose(single), x=f.wide())
+    f.plant("border", f.choose(f.single), x=f.wide())
     return errors.ShapeMismatch, Address(MAIN, "border", "x")
 
 
@@ -303,6 +354,19 @@ def _missing_key(f: _Field) -> Found:
     gone = [Address(MAIN, key="output"), *(Address(MAIN, key=f"-> {name}") for name in f.graph.main.outputs)]
     f.sheet.remove(*gone)
     return errors.MissingKey, Address(MAIN, key="titans_graph")
+
+
+@_mistake
+def _missing_component(f: _Field) -> Found:
+    block, node = f.choose(f.nodes)
+    f.sheet.remove(Address(block, node.name, "use"))
+    return errors.MissingKey, Address(block, node.name)
+
+
+@_mistake
+def _missing_version(f: _Field) -> Found:
+    f.sheet.remove(Address(MAIN, key="titans_graph"))
+    return errors.UnsupportedVersion, f.sheet.rows[0][0]
 
 
 @_mistake

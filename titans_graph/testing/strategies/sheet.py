@@ -77,6 +77,14 @@ class Sheet:
         self.insert(self.index(Address(MAIN, key="output")) + 1, [(address, f"  {name}: {ref.text()}")])
         return address
 
+    def add_block(self, name: str, **lines: str) -> Address:
+        """A further block, last in the file: a line for each key, ``nodes`` and ``input`` with what stands in their braces."""
+        if not any(here == Address(MAIN, key="blocks") for here, _ in self.rows):
+            self.rows.append((Address(MAIN, key="blocks"), "blocks:"))
+        self.rows.append((Address(name), f"  {name}:"))
+        self.rows += [(Address(name, key=key), f"    {key}: {line}") for key, line in lines.items()]
+        return Address(name)
+
     def _block(self, block: Block, name: str, indent: str) -> list[tuple[Address, str]]:
         rows = [(Address(name, key="input"), f"{indent}input:")]
         rows += [(Address(name, key=k), f"{indent}  {k}: {v.text()}") for k, v in block.inputs.items()]
