@@ -61,6 +61,46 @@ def test_nothing_runs_while_something_is_built() -> None:
     assert (turns._running, turns._building, turns._waiting) == (0, False, 0)
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["began first", "began second"])
+def test_a_turn_that_others_shared_is_none_for_building_at_once(first: bool) -> None:
+    """What was found to need building beside others may have been found by mistake, though they are gone by now."""
+
+    def other() -> None:
+        with Running():
+            pass
+
+    def began_first() -> None:
+        with Running():
+            pool.submit(other).result()
+            at_once()
+
+    def began_second() -> None:
+        entered, leave = threading.Event(), threading.Event()
+
+        def stay() -> None:
+            with Running():
+                entered.set()
+                leave.wait()
+
+        staying = pool.submit(stay)
+        entered.wait()
+        with Running():
+            leave.set()
+            staying.result()
+            at_once()
+
+    def at_once() -> None:
+        with Building(at_once=True):
+            pass
+
+    with ThreadPoolExecutor(1) as pool:
+        with pytest.raises(OutOfTurn):
+            began_first() if first else began_second()
+        with Running():
+            at_once()
+    assert (turns._running, turns._building, turns._waiting) == (0, False, 0)
+
+
 def test_a_turn_is_given_back_after_an_error() -> None:
     for turn in (Running, Building):
         with pytest.raises(KeyError), turn():

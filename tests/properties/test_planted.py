@@ -11,7 +11,7 @@ from titans_graph import errors
 from titans_graph.testing import strategies as tgs
 
 # Some mistakes need a graph of a kind, so that many drawn graphs have no room for them.
-PATIENT = settings(max_examples=max(10, settings().max_examples // 3), suppress_health_check=list(HealthCheck))
+PATIENT = settings(max_examples=max(10, settings().max_examples // 10), suppress_health_check=list(HealthCheck))
 
 
 @pytest.mark.parametrize("mistake", tgs.MISTAKES)

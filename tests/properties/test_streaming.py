@@ -7,13 +7,15 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import titans_graph as tg
 from tests.models import ALL, example, small, streamed
 
 TOLERANCE = 1e-9
+# Of each of fourteen models: the nightly run would take hours with all examples of its profile.
+SHARED = settings(max_examples=max(25, settings().max_examples // 10))
 
 
 @functools.cache
@@ -32,6 +34,7 @@ def cuts(total: int) -> st.SearchStrategy[list[int]]:
 
 
 @pytest.mark.parametrize("name", ALL)
+@SHARED
 @given(data=st.data())
 def test_any_split_streams_to_the_same_output(name: str, data: st.DataObject) -> None:
     model = model_of(name)
@@ -53,6 +56,7 @@ def test_token_by_token_equals_whole(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
+@SHARED
 @given(data=st.data())
 def test_packed_documents_equal_documents_apart(name: str, data: st.DataObject) -> None:
     model = model_of(name)
@@ -73,6 +77,7 @@ def _document_ids(seams: list[int], tokens: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ALL)
+@SHARED
 @given(data=st.data())
 def test_later_tokens_never_change_earlier_outputs(name: str, data: st.DataObject) -> None:
     model = model_of(name)
