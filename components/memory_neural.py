@@ -24,7 +24,7 @@ from titans_graph.kernels.memory_lazy import lazy_step
 from titans_graph.kernels.memory_objectives import parse_objective
 from titans_graph.kernels.memory_ops import form_of
 from titans_graph.kernels.memory_prebuild import kinds, prebuild
-from titans_graph.kernels.memory_state import free_names, lazy_of, listed, named, named_ring, settled, stepping
+from titans_graph.kernels.memory_state import free_names, lazy_of, listed, named, named_ring, opening_weights, settled, stepping
 from titans_graph.kernels.networks import NetworkError, parse_network
 from titans_graph.kernels.timeline import extend, last
 from titans_graph.registry import Component, Port, Site, SiteError, parameter
@@ -344,18 +344,8 @@ class NeuralMemory(Component, nn.Module):
         return y, named(self.names, *ends)
 
     def _opening_weights(self, state: State, clock: Clock) -> list[Tensor]:
-        """The weights from before the segment: where the segment begins with this call, the current ones."""
-        if "ring.shares" in state:
-            return [state[f"opening.{n}"] for n in self.names]
-        begins, fresh = clock.valid[:, 0], clock.valid[:, 0] & (clock.position[:, 0] == 0)
-        if clock.valid.shape[1] == 1:
-            begins = begins & (clock.position[:, 0] % self.segment == 0)
-        chosen = []
-        for n in self.names:
-            shape = (-1, *[1] * self.initial[n].dim())
-            current = torch.where(fresh.view(shape), self.initial[n], state[f"weights.{n}"])
-            chosen.append(torch.where(begins.view(shape), current, state[f"opening.{n}"]))
-        return chosen
+        initial = [self.initial[n] for n in self.names]
+        return opening_weights(self.names, self.segment, state, initial, clock.valid, clock.position)
 
     def _stream(self, name: str, x: Tensor, state: State, new: dict[str, Tensor], clock: Clock) -> Tensor:
         """Convolution, SiLU, heads: ``[B, G, H * d]`` -> ``[B, G, H, d]``."""

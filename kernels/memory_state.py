@@ -106,6 +106,26 @@ def settled(network: str, names: Sequence[str], state: State) -> dict[str, Tenso
     return {**kept, **named(names, lazy.anchor, weights, momenta)}
 
 
+def opening_weights(
+    names: Sequence[str], segment: int, state: State, initial: Sequence[Tensor], valid: Tensor, position: Tensor
+) -> list[Tensor]:
+    """The weights from before the segment: where the segment begins with this call, the current ones.
+
+    ``initial`` ``[H, *shape]`` each; ``valid`` and ``position`` ``[B, G]`` of the call.
+    """
+    if "ring.shares" in state:
+        return [state[f"opening.{name}"] for name in names]
+    begins, fresh = valid[:, 0], valid[:, 0] & (position[:, 0] == 0)
+    if valid.shape[1] == 1:
+        begins = begins & (position[:, 0] % segment == 0)
+    chosen = []
+    for name, start in zip(names, initial, strict=True):
+        shape = (-1, *[1] * start.dim())
+        now = torch.where(fresh.view(shape), start, state[f"weights.{name}"])
+        chosen.append(torch.where(begins.view(shape), now, state[f"opening.{name}"]))
+    return chosen
+
+
 def free_names(names: Sequence[str]) -> tuple[str, ...]:
     """Names that a ParameterDict has no attribute of, such as ``half_`` for a fast weight called ``half``."""
     taken, found = nn.ParameterDict(), list[str]()
