@@ -9,6 +9,7 @@ import importlib.util
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from benchmarks import gpu_rows as rows
 from benchmarks.gpu_rows import Inputs, Row
 from titans_graph.kernels.memory import memory_step
+from titans_graph.kernels.memory_lazy import Lazy, begin, current, lazy_step, ready, slots_of
 
 Result = dict[str, Any]
 
@@ -52,47 +54,52 @@ def compared(row: Row, value: float) -> Result:
     return {"value": value, **aims, "verdict": verdict}
 
 
-def sizes_of(row: Row, dtype: torch.dtype) -> Any:
-    """The sizes that the decoding kernels are specialised on."""
-    from titans_graph.kernels.triton_config import Sizes
+class Stream:
+    """Rows that read one token after another as the component ``memory.neural`` does, the state in the type of the tokens."""
 
-    kind = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
-    return Sizes(row.chunk, row.dim, row.hidden, kind, "silu")
+    def __init__(self, row: Row, x: Inputs) -> None:
+        self.row, self.x, self.taken = row, x, 0
+        self.start = [w.to(x.tokens[0].dtype) for w in x.state[3]]
+        rest = [torch.zeros_like(w) for w in self.start]
+        self.state = begin(row.network, row.chunk, False, self.start, self.start, rest)
 
+    def ready(self, t: int) -> Lazy:
+        """What runs before token ``t``, outside all compiled code: weights and anchors where they are due."""
+        row, places = self.row, [t] * self.row.batch
+        return ready(row.network, row.chunk, self.state, self.taken, places, self.start, "triton")[0]
 
-def lazily(row: Row, x: Inputs, dtype: torch.dtype) -> tuple[Callable[[int], Tensor], Callable[[], list[Tensor]]]:
-    """A function that decodes token ``t`` of the inputs, and one that gives weights and momenta after it."""
-    from titans_graph.kernels.triton_decode_host import begin, decode, settled
-    from titans_graph.kernels.triton_host import State, Tokens
-    from titans_graph.kernels.triton_memory import join, part
+    def due(self, t: int) -> bool:
+        """Whether :meth:`ready` has anything to do."""
+        return t % self.row.chunk == 0 or self.taken == slots_of(self.row.chunk)
 
-    sizes = sizes_of(row, dtype)
-    start = join(x.state[3])
-    ring = begin(sizes, State(start, start, torch.zeros_like(start)))
-    rest = torch.zeros_like(start)
+    def step(self, state: Lazy, t: int) -> tuple[Tensor, Lazy]:
+        """Token ``t``."""
+        form: Any = self.row.network, "l2", "after", False
+        call: Any = lazy_step  # called with unpacked arguments, which no checker follows
+        with torch.no_grad():
+            y, after = call(*form, state, *(s[:, :, t : t + 1] for s in self.x.tokens), kernel="triton")
+        return y, after
 
-    def token(t: int) -> Tensor:
-        given = Tokens(*(s[:, :, t : t + 1] for s in x.tokens))
-        return decode(sizes, 0.0, ring, given, x.position[:, t].contiguous(), start, rest)
-
-    def state() -> list[Tensor]:
-        _, m, s = settled(sizes, ring, row.batch)
-        return [*part(m, x.state[3]), *part(s, x.state[3])]
-
-    return token, state
+    def read(self, t: int) -> Tensor:
+        """Both, and go on from there."""
+        due, state = self.due(t), self.ready(t)
+        y, self.state = self.step(state, t)
+        self.taken = 1 if due else self.taken + 1
+        return y
 
 
 def check_decode(row: Row, dtype: torch.dtype, device: str) -> dict[str, float]:
     """Errors of decoding against the same recurrence in fp64, over two chunks."""
     small = replace(row, batch=2, heads=2, tokens=2 * row.chunk)
     given = rows.make(small, dtype, device)
-    token, state = lazily(small, given, dtype)
+    stream = Stream(small, given)
+    given.state[3] = [w.float() for w in stream.start]
     x = given.to(torch.float64, torch.float64)
     with torch.no_grad():
-        answers = torch.cat([token(t) for t in range(small.tokens)], 2)
+        answers = torch.cat([stream.read(t) for t in range(small.tokens)], 2)
         y, _, weights, momenta = rows.scan(small, x, "reference")
-    found = rows._one(state())
-    return {"y": rows._far(answers.double(), y), "states": rows._far(found, rows._one([*weights, *momenta]))}
+        found = [w.double() for values in current(row.network, stream.state, "triton") for w in values]
+    return {"y": rows._far(answers.double(), y), "states": rows._far(rows._one(found), rows._one([*weights, *momenta]))}
 
 
 def measure_decode(dry: bool) -> Result:
@@ -114,26 +121,35 @@ def measure_decode(dry: bool) -> Result:
 
 
 def lazy_milliseconds(row: Row) -> tuple[float, str]:
-    """The mean over all slots of a chunk, the writing of the weights included; each slot is a CUDA graph of its own."""
-    x = rows.make(row, torch.bfloat16, "cuda")
-    token, _ = lazily(row, x, torch.bfloat16)
+    """The mean over all tokens of a chunk, the writing of weights and anchor included; every part is a CUDA graph."""
+    stream = Stream(row, rows.make(row, torch.bfloat16, "cuda"))
     for t in range(row.chunk):
-        token(t)
-    times, notes = [], set()
+        stream.read(t)
+    parts: list[Callable[[], object]] = []
     for t in range(row.chunk, 2 * row.chunk):
-        replay, note = rows.graphed(lambda t=t: token(t))  # type: ignore[misc]
-        # Replayed at the same place the pair is written anew, with the same numbers to read and write.
+        state = stream.ready(t)
+        if stream.due(t):
+            before, taken = stream.state, stream.taken
+            parts.append(partial(ready, row.network, row.chunk, before, taken, [t] * row.batch, stream.start, "triton"))
+        parts.append(partial(stream.step, state, t))
+        stream.read(t)
+    times, notes = [], set()
+    for part in parts:
+        replay, note = rows.graphed(part)
         times.append(statistics.median(rows.milliseconds(replay, 5)))
         notes.add(note)
-    return statistics.fmean(times), "; ".join(sorted(n for n in notes if n))
+    return sum(times) / row.chunk, "; ".join(sorted(n for n in notes if n))
 
 
 def eager_steps(row: Row) -> dict[str, Callable[[], object]]:
-    """The update of every token, as PyTorch's operations and, where Inductor can, compiled; both as CUDA graphs."""
+    """The update of every token, as PyTorch's operations and, where Inductor can, compiled; both as CUDA graphs.
+
+    The state is in the type of the tokens, as it is for the lazy form.
+    """
     x = rows.make(row, torch.bfloat16, "cuda")
     tokens = [s[:, :, 70:71].contiguous() for s in x.tokens]
-    anchor = x.state[3]
-    args = (anchor, anchor, x.state[4], anchor, x.state[4], *tokens, x.valid[:, 70:71], x.position[:, 70:71].contiguous())
+    anchor, rest = ([w.to(torch.bfloat16) for w in values] for values in x.state[3:])
+    args = (anchor, anchor, rest, anchor, rest, *tokens, x.valid[:, 70:71], x.position[:, 70:71].contiguous())
     step: Any = memory_step  # called with unpacked arguments, which no checker follows
     whole: Any = torch.compile(step, dynamic=False)
 

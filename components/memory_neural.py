@@ -20,6 +20,7 @@ from titans_graph.errors import MissingInput, SegmentProblem, UsageError, WrongT
 from titans_graph.kernels.convolution import causal_conv, near_identity
 from titans_graph.kernels.memory import memory_read, memory_scan, memory_step
 from titans_graph.kernels.memory_crowding import crowding, step_cap
+from titans_graph.kernels.memory_decode import decode_kernel
 from titans_graph.kernels.memory_lazy import lazy_step
 from titans_graph.kernels.memory_objectives import parse_objective
 from titans_graph.kernels.memory_ops import form_of
@@ -131,6 +132,7 @@ class NeuralMemory(Component, nn.Module):
     )
     stateful = True
     partial = True
+    precise = ("ring.shares", "ring.ends", "ring.norms")
     default_kernel = "by device"
 
     @classmethod
@@ -218,6 +220,7 @@ class NeuralMemory(Component, nn.Module):
         super().__init__()
         p = site.parameters
         self.p = p
+        self.kernel = {"by device": "auto", "chunk": "portable"}.get(p.kernel, p.kernel)
         self.compiles = p.kernel != "reference"  # a loop over tokens: tracing it would write out every token
         dim = site.features("write")
         self.size = p.head_dim or dim // p.heads
@@ -268,11 +271,18 @@ class NeuralMemory(Component, nn.Module):
         if (p := self.p).kernel == "reference":
             return state
         initial = [self.initial[n] for n in self.names]
-        return stepping(p.network, self.names, p.chunk, self.segment, p.cap == "keys", state, initial, position)
+        form = p.network, self.names, p.chunk, self.segment, p.cap == "keys"
+        return stepping(*form, state, initial, position, self._decodes(state))
 
     def settled(self, state: State) -> State:
         """Without the ring."""
-        return settled(self.p.network, self.names, state)
+        return settled(self.p.network, self.names, state, self._decodes(state))
+
+    def _decodes(self, state: State) -> str:
+        """What reads single tokens with a ring: ``triton`` or ``portable``."""
+        p, w = self.p, state[f"weights.{self.names[0]}"]
+        found: str = decode_kernel(self.kernel, p.network, p.objective, p.read, self.size, w.dtype, w.device.type)
+        return found
 
     def prebuild(self, batch: int, training: bool) -> None:
         """Begin to build the bodies of the chunks."""
@@ -331,16 +341,15 @@ class NeuralMemory(Component, nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, step: Tensor, log_momentum: Tensor, log_keep: Tensor, state: State, clock: Clock
     ) -> tuple[Tensor, dict[str, Tensor]]:
         p, batch = self.p, q.shape[0]
-        form, tokens = (p.network, p.objective, p.read, p.chunk, p.cap == "keys"), (q, k, v, step, log_momentum, log_keep)
+        form, tokens = (p.network, p.objective, p.read), (q, k, v, step, log_momentum, log_keep)
         lazy = lazy_of(state, self.names)
         if lazy is not None:
-            y, lazy = lazy_step(*form, lazy, *tokens, clock.position)
+            y, lazy = lazy_step(*form, p.cap == "keys", lazy, *tokens, kernel=self._decodes(state))
             return y, named_ring(lazy)
         start = [self.initial[n].expand(batch, *self.initial[n].shape) for n in self.names]
         rest = [torch.zeros_like(w) for w in start]
-        given = (*form, *listed(state, self.names), start, rest, *tokens, clock.valid, clock.position)
-        kernel = {"by device": "auto", "chunk": "portable"}.get(p.kernel, p.kernel)
-        y, *ends = memory_step(*given) if q.shape[2] == 1 else memory_scan(*given, kernel=kernel)
+        given = (*form, p.chunk, p.cap == "keys", *listed(state, self.names), start, rest, *tokens, clock.valid, clock.position)
+        y, *ends = memory_step(*given) if q.shape[2] == 1 else memory_scan(*given, kernel=self.kernel)
         return y, named(self.names, *ends)
 
     def _opening_weights(self, state: State, clock: Clock) -> list[Tensor]:

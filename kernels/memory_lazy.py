@@ -9,9 +9,19 @@ with M and S as last written. A token multiplies s and e0 by its momentum, puts 
 then w <- keep w + s, f <- keep f + e0, a0 <- keep a0. Reading costs one product with M, one with S and a few with the pairs;
 the update of every token would read and write all of M and S.
 
-A state is a value, so the pairs are copied at every token: a short ring is cheap to copy, a long one seldom written out.
-:data:`SLOTS` is where the sum is least (measured). What a chunk decides once, the norms of its first weights for the bound
-of the step, is kept beside it.
+The way of a token. :func:`ready` runs before it, outside all compiled code, and knows every row's place on the host: rows
+that begin a document get their first weights; where the ring is full, or all rows begin a chunk, M and S are written and the
+ring is empty again; rows that begin a chunk get M_t as their anchor. :func:`lazy_step` then reads nothing on the host: it
+takes the pair into the ring at ``slot`` and answers. The pairs do not care where a chunk begins, so all rows share one slot
+however far apart they stand: M and S are written every :data:`SLOTS` tokens, never for one row's sake.
+
+A state is a value, so the pairs are copied at every token, and M, S and the anchor at no token but those above. (Pairs that
+are changed in place would need an owner: two continuations of one state would write into the same slot.) A short ring is
+cheap to copy, a long one seldom written out; :data:`SLOTS` is where the sum is least: measured on a processor, and counted in
+bytes on a GPU (docs/kernels.md). What a chunk decides once, the norms of its first weights for the bound of the step, is kept
+beside it.
+
+``kernel``: ``triton`` for the operators of :mod:`memory_decode`, which take the same tensors, or ``portable``.
 
 Shapes: ``B`` batch, ``H`` heads, ``N`` = B * H rows, ``R`` slots of the ring, ``W`` fast weights.
 """
@@ -19,7 +29,7 @@ Shapes: ``B`` batch, ``H`` heads, ``N`` = B * H rows, ``R`` slots of the ring, `
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +37,7 @@ from torch import Tensor
 from titans_graph.kernels.memory import parsed
 from titans_graph.kernels.memory_bound import bound_of, weight_norms
 from titans_graph.kernels.memory_chunk import trace_keys
+from titans_graph.kernels.memory_decode import decode_step, decode_write
 from titans_graph.kernels.memory_objectives import Objective
 from titans_graph.kernels.networks import Network, PlainUse
 
@@ -35,12 +46,14 @@ SLOTS = 16
 
 
 class Lazy(NamedTuple):
-    """A memory between two writings of its weights, all tensors ``[B, H, ...]``.
+    """A memory between two writings of its weights, all tensors but ``slot`` ``[B, H, ...]``.
 
     ``anchor``: the chunk's first weights, where gradients are taken; ``weights`` M and ``momenta`` S as last written; each
     one tensor a fast weight. ``inputs`` u ``[.., R, in]`` (size 0 for a vector, which has none) and ``deltas`` d ``[.., R,
     out]``: one tensor for every *use* of a weight, in the order of ``network.uses``. ``shares`` ``[.., 2, R]``: w and s of
-    the pairs, 0 for an empty slot. ``ends`` ``[.., 3]``: a0, f and e0. ``norms`` ``[.., W]``: those of the anchor.
+    the pairs, 0 for an empty slot. ``ends`` ``[.., 3]``: a0, f and e0. ``slot`` int64 ``[B]``: where the next pair goes,
+    the same in all rows. ``norms`` ``[.., W]``: those of the anchor. ``shares``, ``ends`` and ``norms`` are float32 at
+    least: half precision cannot tell a keep of 0.998 from 1.
     """
 
     anchor: list[Tensor]
@@ -50,6 +63,7 @@ class Lazy(NamedTuple):
     deltas: list[Tensor]
     shares: Tensor
     ends: Tensor
+    slot: Tensor
     norms: Tensor
 
 
@@ -58,32 +72,31 @@ def slots_of(chunk: int) -> int:
     return min(SLOTS, chunk)
 
 
-def due(place: int, chunk: int) -> bool:
-    """Whether weights are written before the token at position ``place`` is read: a chunk begins, or the ring is full."""
-    return place % chunk % slots_of(chunk) == 0
-
-
 def begin(
     network: str | Network, chunk: int, bounded: bool, anchor: list[Tensor], weights: list[Tensor], momenta: list[Tensor]
 ) -> Lazy:
     """An empty ring over weights and momenta as they are."""
     net = parsed(network, "l2")[0]
     lead, like = anchor[0].shape[:2], anchor[0]
+    precise = torch.promote_types(like.dtype, torch.float32)
     inputs, deltas = [], []
     shapes = dict(zip(_names(net), (x.shape[2:] for x in weights), strict=True))
     for name in net.uses(0):
         shape = shapes[name]
         inputs.append(like.new_zeros(*lead, slots_of(chunk), shape[0] if len(shape) == 2 else 0))
         deltas.append(like.new_zeros(*lead, slots_of(chunk), shape[-1]))
-    shares = like.new_zeros(*lead, 2, slots_of(chunk))
-    norms = _norms(net, anchor) if bounded else like.new_zeros(*lead, 0)
-    return Lazy(anchor, weights, momenta, inputs, deltas, shares, _clear(like.new_zeros(*lead, 3)), norms)
+    shares = like.new_zeros(*lead, 2, slots_of(chunk), dtype=precise)
+    norms = _norms(net, anchor) if bounded else like.new_zeros(*lead, 0, dtype=precise)
+    slot = like.new_zeros(lead[0], dtype=torch.int64)
+    return Lazy(anchor, weights, momenta, inputs, deltas, shares, _clear(shares.new_zeros(*lead, 3)), slot, norms)
 
 
-def current(network: str | Network, state: Lazy) -> tuple[list[Tensor], list[Tensor]]:
+def current(network: str | Network, state: Lazy, kernel: str = "portable") -> tuple[list[Tensor], list[Tensor]]:
     """M_t and S_t, written out."""
-    net = parsed(network, "l2")[0]
-    (w, s), (a0, f, e0) = state.shares.unbind(-2), state.ends.unbind(-1)
+    if kernel == "triton":
+        return decode_write(state.weights, state.momenta, state.inputs, state.deltas, state.shares, state.ends)
+    net, dtype = parsed(network, "l2")[0], state.weights[0].dtype
+    (w, s), (a0, f, e0) = state.shares.to(dtype).unbind(-2), state.ends.to(dtype).unbind(-1)
     weights, momenta = [], []
     for name, m, moving in zip(_names(net), state.weights, state.momenta, strict=True):
         one = (..., *[None] * (m.dim() - 2))
@@ -106,42 +119,77 @@ def _subtract(total: Tensor, u: Tensor, d: Tensor, share: Tensor) -> None:
     total.flatten(0, 1).baddbmm_((share[..., None] * u).flatten(0, 1).mT, d.flatten(0, 1), alpha=-1)
 
 
-def written(network: str | Network, state: Lazy, rows: Tensor, starts: Tensor) -> Lazy:
-    """The state with weights and momenta written in ``rows``, of which those in ``starts`` begin a chunk.
+def ready(
+    network: str | Network,
+    chunk: int,
+    state: Lazy,
+    taken: int,
+    places: Sequence[int],
+    initial: Sequence[Tensor],
+    kernel: str = "portable",
+) -> tuple[Lazy, int]:
+    """The state for the tokens at ``places``, and how many pairs its ring holds; ``taken``: how many it held.
 
-    Both bool ``[B]`` and on the CPU: what is to be done is decided here, outside all compiled code.
+    Rows at 0 begin with the weights ``initial``, each expanded to ``[B, H, *shape]``.
     """
-    net = parsed(network, "l2")[0]
-    weights, momenta = current(net, state)
-    state = _emptied(state, rows, weights, momenta)
-    if not bool(starts.any()):
-        return state
-    # Never the weights themselves: two inputs of a compiled region that are one tensor would be a variant of their own.
-    every = bool(starts.all())
-    anchor = [w.clone() for w in state.weights] if every else _rows(starts, state.weights, state.anchor)
-    return state._replace(anchor=anchor, norms=_norms(net, anchor) if state.norms.shape[-1] else state.norms)
+    starts = [place % chunk == 0 for place in places]
+    if not any(starts) and taken < state.shares.shape[-1]:
+        return state, taken
+    if 0 in places:
+        state = _restarted(state, torch.tensor([place == 0 for place in places]), list(initial))
+    if taken and (taken == state.shares.shape[-1] or all(starts)):
+        state, taken = written(network, state, kernel), 0
+    return _anchored(network, state, starts, taken > 0, kernel), taken
 
 
-def restarted(state: Lazy, rows: Tensor, weights: list[Tensor]) -> Lazy:
-    """The state with other weights and no momenta in ``rows`` (bool ``[B]``, on the CPU), which begin a document."""
-    return _emptied(state, rows, weights, [torch.zeros_like(x) for x in state.momenta])
+def written(network: str | Network, state: Lazy, kernel: str = "portable") -> Lazy:
+    """The state with weights and momenta of the last token, and an empty ring."""
+    weights, momenta = current(network, state, kernel)
+    empty, clear, first = torch.zeros_like(state.shares), _clear(state.ends), torch.zeros_like(state.slot)
+    return state._replace(weights=weights, momenta=momenta, shares=empty, ends=clear, slot=first)
 
 
-def _emptied(state: Lazy, rows: Tensor, weights: list[Tensor], momenta: list[Tensor]) -> Lazy:
+def _restarted(state: Lazy, rows: Tensor, weights: list[Tensor]) -> Lazy:
+    """With other weights, no momenta and no pairs in ``rows`` (bool ``[B]``, on the CPU), which begin a document."""
     there = rows.to(state.ends.device)[:, None, None]
+    # The pairs as well: one of the document before that is not finite would not be, times a share of 0.
+    clean = [[torch.where(there[..., None], 0.0, x) for x in values] for values in (state.inputs, state.deltas)]
+    # Copies: where all rows restart these are the state, which must not be the model's parameters.
+    weights = [x.clone(memory_format=torch.contiguous_format) for x in weights]
     return state._replace(
         weights=_rows(rows, weights, state.weights),
-        momenta=_rows(rows, momenta, state.momenta),
+        momenta=_rows(rows, [torch.zeros_like(x) for x in state.momenta], state.momenta),
+        inputs=clean[0],
+        deltas=clean[1],
         shares=torch.where(there[..., None], 0.0, state.shares),
         ends=torch.where(there, _clear(state.ends), state.ends),
     )
+
+
+def _anchored(network: str | Network, state: Lazy, starts: list[bool], pending: bool, kernel: str) -> Lazy:
+    """With the weights of now as anchor in the rows that begin a chunk; ``pending``: there are pairs in the ring."""
+    if not any(starts):
+        return state
+    net, bounded = parsed(network, "l2")[0], state.norms.shape[-1] > 0
+    # Never the weights themselves: two inputs of a compiled region that are one tensor would be a variant of their own.
+    if all(starts) and not pending:
+        anchor = [w.clone() for w in state.weights]
+        return state._replace(anchor=anchor, norms=_norms(net, anchor) if bounded else state.norms)
+    index = torch.tensor([row for row, start in enumerate(starts) if start], device=state.slot.device)
+    some = Lazy(*(_select(x, index) for x in state))
+    now = current(net, some, kernel)[0] if pending else some.weights
+    anchor = [old.index_copy(0, index, new) for old, new in zip(state.anchor, now, strict=True)]
+    return state._replace(anchor=anchor, norms=state.norms.index_copy(0, index, _norms(net, now)) if bounded else state.norms)
+
+
+def _select(x: Any, index: Tensor) -> Any:
+    return [t.index_select(0, index) for t in x] if isinstance(x, list) else x.index_select(0, index)
 
 
 def lazy_step(
     network: str | Network,
     objective: str | Objective,
     read: str,
-    chunk: int,
     bounded: bool,
     state: Lazy,
     q: Tensor,
@@ -150,42 +198,55 @@ def lazy_step(
     step: Tensor,
     log_momentum: Tensor,
     log_keep: Tensor,
-    position: Tensor,
+    kernel: str = "portable",
 ) -> tuple[Tensor, Lazy]:
     """One token a row: ``(y, state')``, as :func:`~titans_graph.kernels.memory.memory_step` but without writing weights.
 
-    q, k, v ``[B, H, 1, d]``, gates ``[B, H, 1]``, position ``[B, 1]``. Rows that are :func:`due` have been
-    :func:`written`. Only the ring, ``shares`` and ``ends`` are new in ``state'``; the other tensors are those of ``state``.
+    q, k, v ``[B, H, 1, d]``, gates ``[B, H, 1]``; the state is :func:`ready`. Only the ring, ``shares``, ``ends`` and
+    ``slot`` are new in ``state'``; the other tensors are those of ``state``.
     """
+    if kernel == "triton":
+        assert isinstance(network, str)
+        assert isinstance(objective, str)
+        y, inputs, deltas, shares, ends, slot = decode_step(
+            network, objective, read, bounded, *state, q, k, v, step, log_momentum, log_keep
+        )
+        return y, state._replace(inputs=inputs, deltas=deltas, shares=shares, ends=ends, slot=slot)
     net, goal = parsed(network, objective)
-    heads, names, dtype = q.shape[1], _names(net), state.shares.dtype
+    heads, names, dtype, precise = q.shape[1], _names(net), state.weights[0].dtype, state.shares.dtype
     at = dict(zip(names, (x.flatten(0, 1) for x in state.anchor), strict=True))
     q1, k1, v1 = (x.flatten(0, 1).to(dtype) for x in (q, k, v))
-    theta, eta, keep = (x.flatten(0, 1).to(dtype) for x in (step, log_momentum.exp(), log_keep.exp()))
+    theta, eta, keep = (x.flatten(0, 1) for x in (step.to(precise), log_momentum.to(precise).exp(), log_keep.to(precise).exp()))
     if bounded:
-        bound = bound_of(net, state.norms.flatten(0, 1), at, k1)
+        bound = bound_of(net, state.norms.flatten(0, 1).to(dtype), at, k1)
         theta = theta / (bound if bound.dim() == 2 else bound[:, None])
     trace = trace_keys(net, goal, at, k1, v1)
     slots = torch.arange(state.shares.shape[-1], device=q.device)
-    here = (slots == position % chunk % slots.shape[0]).repeat_interleave(heads, 0)
+    here = (slots == state.slot[:, None]).repeat_interleave(heads, 0)
     (w, s), (a0, f, e0) = state.shares.flatten(0, 1).unbind(1), state.ends.flatten(0, 1)[..., None].unbind(1)
     s, e0 = torch.where(here, theta, eta * s), eta * e0
+    after = keep * w + s, keep * a0, keep * f + e0
     new = _Ring(
         net,
         _put(here, state.inputs, _in_order(net, trace.inputs, k1)),
         _put(here, state.deltas, _in_order(net, trace.deltas, k1)),
-        (keep * w + s, keep * a0, keep * f + e0),
+        _all_to(dtype, after),
         {n: (m.flatten(0, 1), x.flatten(0, 1)) for n, m, x in zip(names, state.weights, state.momenta, strict=True)},
     )
-    use = PlainUse(at) if read == "chunk" else new if read == "after" else new.before((w, a0, f))
+    use = PlainUse(at) if read == "chunk" else new if read == "after" else new.before(_all_to(dtype, (w, a0, f)))
     y = net.apply(q1, use).to(q.dtype).view(q.shape)
-    after = state._replace(
+    return y, state._replace(
         inputs=[x.view(o.shape) for x, o in zip(new.inputs, state.inputs, strict=True)],
         deltas=[x.view(o.shape) for x, o in zip(new.deltas, state.deltas, strict=True)],
-        shares=torch.stack([new.shares[0], s], 1).view(state.shares.shape),
-        ends=torch.cat([*new.shares[1:], e0], 1).view(state.ends.shape),
+        shares=torch.stack([after[0], s], 1).view(state.shares.shape),
+        ends=torch.cat([*after[1:], e0], 1).view(state.ends.shape),
+        slot=state.slot + 1,
     )
-    return y, after
+
+
+def _all_to(dtype: torch.dtype, shares: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    w, a0, f = shares
+    return w.to(dtype), a0.to(dtype), f.to(dtype)
 
 
 class _Ring:
@@ -241,7 +302,8 @@ def _put(here: Tensor, old: Sequence[Tensor], new: list[Tensor]) -> list[Tensor]
 
 
 def _norms(network: Network, anchor: list[Tensor]) -> Tensor:
-    flat = dict(zip(_names(network), (x.flatten(0, 1) for x in anchor), strict=True))
+    precise = torch.promote_types(anchor[0].dtype, torch.float32)
+    flat = dict(zip(_names(network), (x.flatten(0, 1).to(precise) for x in anchor), strict=True))
     norms = weight_norms(network, flat)
     return norms.view(*anchor[0].shape[:2], norms.shape[-1])
 

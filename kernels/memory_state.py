@@ -2,8 +2,10 @@
 
 Between calls a state is ``anchor.*``, ``weights.*`` and ``momenta.*``, which anything can be done with. While single tokens
 are read without gradients it holds a ring of pairs besides (:class:`~titans_graph.kernels.memory_lazy.Lazy`): ``ring.inputs.i``
-and ``ring.deltas.i`` for every use of a weight, ``ring.shares``, ``ring.ends`` and ``ring.norms``; ``weights.*`` and
-``momenta.*`` are then those last written.
+and ``ring.deltas.i`` for every use of a weight, ``ring.shares``, ``ring.ends``, ``ring.norms`` and ``ring.slot``; ``weights.*``
+and ``momenta.*`` are then those last written. ``ring.taken`` ``[B, n]`` tells the host by its shape how many pairs there are:
+what stands in it means nothing and is never read, so that nothing waits for a GPU. The portable form and the Triton kernels
+have this one layout: nothing is converted but where single tokens begin or end.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from titans_graph.kernels.memory_lazy import Lazy, begin, current, due, restarted, written
+from titans_graph.kernels.memory_lazy import Lazy, begin, current, ready
 
 State = Mapping[str, Tensor]
 
@@ -37,7 +39,8 @@ def lazy_of(state: State, names: Sequence[str]) -> Lazy | None:
         return None
     inputs, deltas = _ring(state, "inputs"), _ring(state, "deltas")
     anchor, weights, momenta = listed(state, names)
-    return Lazy(anchor, weights, momenta, inputs, deltas, state["ring.shares"], state["ring.ends"], state["ring.norms"])
+    rest = state["ring.shares"], state["ring.ends"], state["ring.slot"], state["ring.norms"]
+    return Lazy(anchor, weights, momenta, inputs, deltas, *rest)
 
 
 def _ring(state: State, kind: str) -> list[Tensor]:
@@ -61,7 +64,7 @@ def named_ring(lazy: Lazy) -> dict[str, Tensor]:
     """The entries that every token changes."""
     rings = ("inputs", lazy.inputs), ("deltas", lazy.deltas)
     ring = {f"ring.{kind}.{i}": x for kind, values in rings for i, x in enumerate(values)}
-    return {**ring, "ring.shares": lazy.shares, "ring.ends": lazy.ends}
+    return {**ring, "ring.shares": lazy.shares, "ring.ends": lazy.ends, "ring.slot": lazy.slot}
 
 
 def stepping(
@@ -73,35 +76,34 @@ def stepping(
     state: State,
     initial: Sequence[Tensor],
     position: Tensor,
+    kernel: str,
 ) -> dict[str, Tensor]:
     """The state with a ring, ready for the tokens at ``position`` (int64 ``[B]``, on the CPU).
 
     Rows at position 0 begin with ``initial`` (``[H, *shape]`` each), rows that begin a chunk get its anchor, rows that begin
-    a segment its ``opening`` where there is one; weights are written where they are due.
+    a segment its ``opening`` where there is one. ``kernel``: ``triton`` or ``portable``.
     """
     lazy = lazy_of(state, names) or begin(network, chunk, bounded, *listed(state, names))
+    taken = state["ring.taken"].shape[1] if "ring.taken" in state else 0
     places = position.tolist()  # Whole numbers: with tensors the questions below would cost as much as a token.
-    if not any(due(place, chunk) for place in places):
-        return {**state, **named_lazy(names, lazy)}
-    if 0 in places:
-        lazy = restarted(lazy, position == 0, [x.expand_as(w) for x, w in zip(initial, lazy.weights, strict=True)])
-    starts = position % chunk == 0
-    lazy = written(network, lazy, torch.tensor([due(place, chunk) for place in places]), starts)
-    new = {**state, **named_lazy(names, lazy)}
+    fresh = [x.expand_as(w) for x, w in zip(initial, lazy.weights, strict=True)]
+    lazy, taken = ready(network, chunk, lazy, taken, places, fresh, kernel)
+    count = lazy.slot.new_empty(len(places), taken + 1, dtype=torch.uint8)
+    new = {**state, **named_lazy(names, lazy), "ring.taken": count}
     if f"opening.{names[0]}" in state and any(place % segment == 0 for place in places):
         opens = (position % segment == 0).to(lazy.ends.device)
-        for name, weight in zip(names, lazy.weights, strict=True):
-            there = opens.view(-1, *[1] * (weight.dim() - 1))
-            new[f"opening.{name}"] = torch.where(there, weight, state[f"opening.{name}"])
+        for name, anchor in zip(names, lazy.anchor, strict=True):
+            there = opens.view(-1, *[1] * (anchor.dim() - 1))
+            new[f"opening.{name}"] = torch.where(there, anchor, state[f"opening.{name}"])
     return new
 
 
-def settled(network: str, names: Sequence[str], state: State) -> dict[str, Tensor]:
+def settled(network: str, names: Sequence[str], state: State, kernel: str) -> dict[str, Tensor]:
     """The state without a ring: weights and momenta of the last token."""
     lazy = lazy_of(state, names)
     if lazy is None:
         return dict(state)
-    weights, momenta = current(network, lazy)
+    weights, momenta = current(network, lazy, kernel)
     kept = {key: x for key, x in state.items() if not key.startswith("ring.")}
     return {**kept, **named(names, lazy.anchor, weights, momenta)}
 

@@ -1,21 +1,17 @@
 # mypy: disable-error-code="no-untyped-call, no-untyped-def, untyped-decorator"
-"""Triton kernels that decode one token per row: weights are read once, and written once a chunk.
+"""Triton kernels that decode one token per row: weights are read once, and written once in many tokens.
 
-Inside a chunk a token changes M and S by outer products of an input u and a delta d per fast weight, so the last tokens are
-kept as such pairs in a ring of one chunk's slots, and the weights of any token are
+What they compute, and when weights are written, stands in :mod:`~titans_graph.kernels.memory_lazy`:
 
     M_t = a0 M + f S - sum_i w_i u_i^T d_i          S_t = e0 S - sum_i s_i u_i^T d_i
 
-with M and S as written when the chunk began. A token multiplies s and e0 by its momentum, puts its step where its pair stands
-in s, and then w <- keep w + s, f <- keep f + e0, a0 <- keep a0. An eager update would read and write M and S in fp32 at every
-token; here M, S are read in the operands' type. The pairs, ``shares`` and ``ends`` change in place, so a step can be captured
-in a CUDA graph and replayed.
+One program takes one row's token: it reads the anchor, M, S and the pairs so far, answers, and writes the ring with the
+token's own pair added to a new place (its slots that hold no pair are read by nobody and written as 0). An update of every
+token would read and write M and S.
 
-Arrays: ``N`` rows (batch times heads); ``shape`` is ``[d, d]`` of a linear memory, of an MLP ``[2, d, hidden]`` with layer 2
-transposed. ``m``, ``s`` fp32 ``[N, *shape]`` as last written; ``near`` ``[N, 3, *shape]`` in the operands' type: M, S, and the
-weights gradients are taken at, which count only where ``apart`` ``[N]`` is not 0 (a state that was cut inside a chunk); else
-those are M. Rings ``[N, C, size]`` in the operands' type, ``shares`` w and s ``[N, 2, C]``, ``ends`` a0, f, e0 ``[N, 3]`` and
-``scale`` of the step ``[N]`` in fp32. ``position`` int64 ``[B]``: the token's place in its document, below 0: no token.
+Arrays: ``N`` rows (batch times heads). Fast weights ``[N, in, out]`` of each layer: ``anchor``, ``m`` and ``s`` as last
+written. Rings ``[N, SLOTS, size]`` in the state's type, ``shares`` w and s ``[N, 2, SLOTS]``, ``ends`` a0, f, e0 ``[N, 3]`` and
+``norms`` ``[N, layers]`` in fp32; ``slot`` int64 ``[B]``: where the token's pair goes. ``RING``: the power of 2 from SLOTS on.
 """
 
 from __future__ import annotations
@@ -24,210 +20,167 @@ import triton
 import triton.language as tl
 
 from titans_graph.kernels.triton_common import activation, activation_slope, dot, surprise
-from titans_graph.kernels.triton_mlp import step_scale
+from titans_graph.kernels.triton_mlp import scale_of
 
 
 @triton.jit
-def shares_of(shares, ends, row, fresh, slot, theta, eta, keep, C: tl.constexpr, READ: tl.constexpr):
+def next_shares(
+    shares, ends, new_shares, new_ends, row, slot, theta, eta, keep,
+    SLOTS: tl.constexpr, RING: tl.constexpr, READ: tl.constexpr,
+):  # fmt: skip
     """Take a token into shares and ends, and give what its query reads with: w without its own pair, w of that, a0, f."""
-    i = tl.arange(0, C)
-    here = shares + row * 2 * C + i
-    w = tl.where(fresh, 0.0, tl.load(here))
-    s = tl.where(fresh, 0.0, tl.load(here + C))
-    decay = tl.where(fresh, 1.0, tl.load(ends + row * 3))
-    push = tl.where(fresh, 0.0, tl.load(ends + row * 3 + 1))
-    first = tl.where(fresh, 1.0, tl.load(ends + row * 3 + 2)) * eta
-    # All threads have read what is written below.
-    tl.debug_barrier()
+    i = tl.arange(0, RING)
+    here = row * 2 * SLOTS + i
+    old = i < slot
+    w = tl.load(shares + here, mask=old, other=0.0)
+    s = tl.load(shares + here + SLOTS, mask=old, other=0.0)
+    decay = tl.load(ends + row * 3)
+    push = tl.load(ends + row * 3 + 1)
+    first = tl.load(ends + row * 3 + 2) * eta
     s = tl.where(i == slot, theta, eta * s)
     new = keep * w + s
-    tl.store(here, new)
-    tl.store(here + C, s)
-    tl.store(ends + row * 3, keep * decay)
-    tl.store(ends + row * 3 + 1, keep * push + first)
-    tl.store(ends + row * 3 + 2, first)
+    tl.store(new_shares + here, new, mask=i < SLOTS)
+    tl.store(new_shares + here + SLOTS, s, mask=i < SLOTS)
+    tl.store(new_ends + row * 3, keep * decay)
+    tl.store(new_ends + row * 3 + 1, keep * push + first)
+    tl.store(new_ends + row * 3 + 2, first)
     own = 0.0
     if READ == "after":
         own = theta
         w = new
         decay, push = keep * decay, keep * push + first
-    return tl.where(i == slot, 0.0, w), own, decay, push
+    return tl.where(old, w, 0.0), own, decay, push
+
+
+@triton.jit
+def next_ring(ring, new, row, slot, columns, value, WIDTH: tl.constexpr, SLOTS: tl.constexpr, RING: tl.constexpr):
+    """The pairs' halves so far, ``[RING, columns]`` in fp32 and 0 where there is none; ``new`` gets ``value`` besides."""
+    i = tl.arange(0, RING)[:, None]
+    place = (row * SLOTS + i) * WIDTH + columns[None, :]
+    old = tl.load(ring + place, mask=i < slot, other=0.0)
+    tl.store(new + place, tl.where(i == slot, value[None, :].to(old.dtype), old), mask=i < SLOTS)
+    return old.to(tl.float32)
 
 
 @triton.jit
 def linear_decode_kernel(
-    q, k, v, step, log_momentum, log_keep, position, near, inputs, deltas, shares, ends, apart, y, heads,
-    C: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, OBJECTIVE: tl.constexpr, PARAMETER: tl.constexpr,
-    READ: tl.constexpr,
+    q, k, v, step, log_momentum, log_keep, slots, anchor, m, s, inputs, deltas, shares, ends,
+    y, new_inputs, new_deltas, new_shares, new_ends, heads,
+    SLOTS: tl.constexpr, RING: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr, OBJECTIVE: tl.constexpr,
+    PARAMETER: tl.constexpr, READ: tl.constexpr,
 ):  # fmt: skip
     """One token of one row of a linear memory."""
     row = tl.program_id(0).to(tl.int64)
-    place = tl.load(position + row // heads)
+    slot = tl.load(slots + row // heads)
     i = tl.arange(0, D)
-    if place < 0:
-        tl.store(y + row * D + i, tl.zeros([D], tl.float32).to(y.dtype.element_ty))
-        return
-    size: tl.constexpr = D * D
-    slot = place % C
-    fresh = slot == 0
-    base = near + row * 3 * size
-    at = base + tl.where((tl.load(apart + row) != 0) & (slot != 0), 2 * size, 0)
     theta = tl.load(step + row)
     eta, keep = tl.exp(tl.load(log_momentum + row)), tl.exp(tl.load(log_keep + row))
-    w, own, decay, push = shares_of(shares, ends, row, fresh, slot, theta, eta, keep, C, READ)
+    w, own, decay, push = next_shares(shares, ends, new_shares, new_ends, row, slot, theta, eta, keep, SLOTS, RING, READ)
     query = tl.load(q + row * D + i).to(tl.float32)
     key = tl.load(k + row * D + i).to(tl.float32)
-    # Pairs of this chunk alone: what lies behind may be of another document.
-    old = tl.arange(0, C) < slot
-    pair = tl.arange(0, C)[:, None] * D
-    if READ != "chunk":
-        before = tl.load(inputs + row * C * D + pair + i[None, :], mask=old[:, None], other=0.0).to(tl.float32)
-        alike = w * tl.sum(before * query[None, :], 1)
-        own = own * tl.sum(query * key)
-    tl.store(inputs + (row * C + slot) * D + i, key.to(inputs.dtype.element_ty))
+    before = next_ring(inputs, new_inputs, row, slot, i, key, D, SLOTS, RING)
+    alike = w * tl.sum(before * query[None, :], 1)
+    own = own * tl.sum(query * key)
     for j in range(0, D, TILE):
         columns = j + tl.arange(0, TILE)
-        tile = i[:, None] * D + columns[None, :]
-        anchor = tl.load(at + tile).to(tl.float32)
-        delta = surprise(tl.sum(anchor * key[:, None], 0), tl.load(v + row * D + columns).to(tl.float32), OBJECTIVE, PARAMETER)
+        tile = row * D * D + i[:, None] * D + columns[None, :]
+        at = tl.load(anchor + tile).to(tl.float32)
+        delta = surprise(tl.sum(at * key[:, None], 0), tl.load(v + row * D + columns).to(tl.float32), OBJECTIVE, PARAMETER)
+        pairs = next_ring(deltas, new_deltas, row, slot, columns, delta, D, SLOTS, RING)
         if READ == "chunk":
-            answer = tl.sum(anchor * query[:, None], 0)
+            answer = tl.sum(at * query[:, None], 0)
         else:
-            weights = decay * tl.load(base + tile).to(tl.float32) + push * tl.load(base + size + tile).to(tl.float32)
-            pairs = tl.load(deltas + row * C * D + pair + columns[None, :], mask=old[:, None], other=0.0).to(tl.float32)
+            weights = decay * tl.load(m + tile).to(tl.float32) + push * tl.load(s + tile).to(tl.float32)
             answer = tl.sum(weights * query[:, None], 0) - tl.sum(pairs * alike[:, None], 0) - own * delta
-        tl.store(deltas + (row * C + slot) * D + columns, delta.to(deltas.dtype.element_ty))
         tl.store(y + row * D + columns, answer.to(y.dtype.element_ty))
-    if fresh:
-        tl.store(apart + row, 0)
 
 
 @triton.jit
 def mlp_decode_kernel(
-    q, k, v, step, log_momentum, log_keep, position, near, inputs_one, deltas_one, inputs_two, deltas_two, shares, ends,
-    scale, apart, y, heads,
-    C: tl.constexpr, D: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr, ACT: tl.constexpr, OBJECTIVE: tl.constexpr,
-    PARAMETER: tl.constexpr, BOUNDED: tl.constexpr, READ: tl.constexpr,
+    q, k, v, step, log_momentum, log_keep, slots, anchor_one, anchor_two, m_one, m_two, s_one, s_two,
+    inputs_one, inputs_two, deltas_one, deltas_two, shares, ends, norms,
+    y, new_inputs_one, new_inputs_two, new_deltas_one, new_deltas_two, new_shares, new_ends, heads,
+    SLOTS: tl.constexpr, RING: tl.constexpr, D: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr, ACT: tl.constexpr,
+    OBJECTIVE: tl.constexpr, PARAMETER: tl.constexpr, BOUNDED: tl.constexpr, READ: tl.constexpr,
 ):  # fmt: skip
     """One token of one row of a memory that is an MLP of two layers."""
     row = tl.program_id(0).to(tl.int64)
-    place = tl.load(position + row // heads)
+    slot = tl.load(slots + row // heads)
     i = tl.arange(0, D)
-    if place < 0:
-        tl.store(y + row * D + i, tl.zeros([D], tl.float32).to(y.dtype.element_ty))
-        return
-    layer: tl.constexpr = D * HIDDEN
-    size: tl.constexpr = 2 * layer
-    slot = place % C
-    fresh = slot == 0
-    base = near + row * 3 * size
-    at = base + tl.where((tl.load(apart + row) != 0) & (slot != 0), 2 * size, 0)
     theta = tl.load(step + row)
     if BOUNDED:
-        factor = 1.0
-        if fresh:
-            factor = step_scale(base, base, fresh, D, HIDDEN, TILE, False, ACT)
-            tl.store(scale + row, factor)
-        else:
-            factor = tl.load(scale + row)
-        theta = theta * factor
+        theta = theta * scale_of(tl.load(norms + row * 2), tl.load(norms + row * 2 + 1), ACT)
     eta, keep = tl.exp(tl.load(log_momentum + row)), tl.exp(tl.load(log_keep + row))
-    w, own, decay, push = shares_of(shares, ends, row, fresh, slot, theta, eta, keep, C, READ)
+    w, own, decay, push = next_shares(shares, ends, new_shares, new_ends, row, slot, theta, eta, keep, SLOTS, RING, READ)
     query = tl.load(q + row * D + i).to(tl.float32)
     key = tl.load(k + row * D + i).to(tl.float32)
-    # Pairs of this chunk alone: what lies behind may be of another document.
-    old = (tl.arange(0, C) < slot)[:, None]
-    narrow = row * C * D + tl.arange(0, C)[:, None] * D + i[None, :]
+    base = row * D * HIDDEN
     prediction = tl.zeros([D], tl.float32)
     for j in range(0, HIDDEN, TILE):
-        tile = i[:, None] * HIDDEN + j + tl.arange(0, TILE)[None, :]
-        hidden = activation(tl.sum(tl.load(at + tile).to(tl.float32) * key[:, None], 0), ACT)
-        prediction += tl.sum(tl.load(at + layer + tile).to(tl.float32) * hidden[None, :], 1)
+        columns = j + tl.arange(0, TILE)
+        one = tl.load(anchor_one + base + i[:, None] * HIDDEN + columns[None, :]).to(tl.float32)
+        hidden = activation(tl.sum(one * key[:, None], 0), ACT)
+        two = tl.load(anchor_two + base + columns[:, None] * D + i[None, :]).to(tl.float32)
+        prediction += tl.sum(two * hidden[:, None], 0)
     delta = surprise(prediction, tl.load(v + row * D + i).to(tl.float32), OBJECTIVE, PARAMETER)
-    alike = tl.zeros([C], tl.float32)
-    own_one = 0.0
+    before = next_ring(inputs_one, new_inputs_one, row, slot, i, key, D, SLOTS, RING)
+    alike = w * tl.sum(before * query[None, :], 1)
+    own_one = own * tl.sum(query * key)
+    alike_two = tl.zeros([RING], tl.float32)
     own_two = 0.0
-    if READ != "chunk":
-        alike = w * tl.sum(tl.load(inputs_one + narrow, mask=old, other=0.0).to(tl.float32) * query[None, :], 1)
-        own_one = own * tl.sum(query * key)
-    alike_two = tl.zeros([C], tl.float32)
     answer = tl.zeros([D], tl.float32)
     for j in range(0, HIDDEN, TILE):
         columns = j + tl.arange(0, TILE)
-        tile = i[:, None] * HIDDEN + columns[None, :]
-        wide = row * C * HIDDEN + tl.arange(0, C)[:, None] * HIDDEN + columns[None, :]
-        here = (row * C + slot) * HIDDEN + columns
-        one = tl.load(at + tile).to(tl.float32)
-        two = tl.load(at + layer + tile).to(tl.float32)
+        tile = base + i[:, None] * HIDDEN + columns[None, :]
+        turned = base + columns[:, None] * D + i[None, :]
+        one = tl.load(anchor_one + tile).to(tl.float32)
+        two = tl.load(anchor_two + turned).to(tl.float32)
         z = tl.sum(one * key[:, None], 0)
         hidden = activation(z, ACT)
-        delta_one = activation_slope(z, ACT) * tl.sum(two * delta[:, None], 0)
+        delta_one = activation_slope(z, ACT) * tl.sum(two * delta[None, :], 1)
+        pairs = next_ring(deltas_one, new_deltas_one, row, slot, columns, delta_one, HIDDEN, SLOTS, RING)
+        inner = next_ring(inputs_two, new_inputs_two, row, slot, columns, hidden, HIDDEN, SLOTS, RING)
         if READ == "chunk":
-            answer += tl.sum(two * activation(tl.sum(one * query[:, None], 0), ACT)[None, :], 1)
+            answer += tl.sum(two * activation(tl.sum(one * query[:, None], 0), ACT)[:, None], 0)
         else:
-            weights = decay * tl.load(base + tile).to(tl.float32) + push * tl.load(base + size + tile).to(tl.float32)
-            pairs = tl.load(deltas_one + wide, mask=old, other=0.0).to(tl.float32)
+            weights = decay * tl.load(m_one + tile).to(tl.float32) + push * tl.load(s_one + tile).to(tl.float32)
             z = tl.sum(weights * query[:, None], 0) - tl.sum(pairs * alike[:, None], 0) - own_one * delta_one
             x = activation(z, ACT)
-            weights = decay * tl.load(base + layer + tile).to(tl.float32)
-            weights += push * tl.load(base + size + layer + tile).to(tl.float32)
-            answer += tl.sum(weights * x[None, :], 1)
-            alike_two += tl.sum(tl.load(inputs_two + wide, mask=old, other=0.0).to(tl.float32) * x[None, :], 1)
+            weights = decay * tl.load(m_two + turned).to(tl.float32) + push * tl.load(s_two + turned).to(tl.float32)
+            answer += tl.sum(weights * x[:, None], 0)
+            alike_two += tl.sum(inner * x[None, :], 1)
             own_two += tl.sum(x * hidden)
-        tl.store(deltas_one + here, delta_one.to(deltas_one.dtype.element_ty))
-        tl.store(inputs_two + here, hidden.to(inputs_two.dtype.element_ty))
+    pairs = next_ring(deltas_two, new_deltas_two, row, slot, i, delta, D, SLOTS, RING)
     if READ != "chunk":
-        pairs = tl.load(deltas_two + narrow, mask=old, other=0.0).to(tl.float32)
         answer -= tl.sum(pairs * (w * alike_two)[:, None], 0) + own * own_two * delta
-    tl.store(inputs_one + (row * C + slot) * D + i, key.to(inputs_one.dtype.element_ty))
-    tl.store(deltas_two + (row * C + slot) * D + i, delta.to(deltas_two.dtype.element_ty))
     tl.store(y + row * D + i, answer.to(y.dtype.element_ty))
-    if fresh:
-        tl.store(apart + row, 0)
 
 
 @triton.jit
 def decode_write_kernel(
-    position, m, s, near, inputs, deltas, shares, ends, start_m, start_s, start_rows, heads, offset, size,
-    C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, SWAPPED: tl.constexpr,
+    m, s, inputs, deltas, shares, ends, new_m, new_s,
+    SLOTS: tl.constexpr, RING: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE_ROWS: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
-    """Before a token that begins a chunk: M and S with the ring's pairs, or those of a restart where it begins a document.
-
-    One fast weight: ``offset`` into a row's ``size`` numbers, ``ROWS`` times ``COLUMNS``; its rows are the inputs, or
-    where ``SWAPPED`` the deltas (layer 2 is kept transposed). The ring is empty afterwards for the step that follows, which
-    clears ``shares`` and ``ends``.
-    """
+    """M and S of the last token: one tile of one fast weight ``[ROWS, COLUMNS]`` of one row."""
     row = tl.program_id(0).to(tl.int64)
-    place = tl.load(position + row // heads)
-    if (place < 0) | (place % C != 0):
-        return
-    columns = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    tile = offset + tl.arange(0, ROWS)[:, None] * COLUMNS + columns[None, :]
-    here = row * size + tile
-    if place == 0:
-        start = row % start_rows * size + tile
-        weights = tl.load(start_m + start)
-        momenta = tl.load(start_s + start)
-    else:
-        i = tl.arange(0, C)
-        w = tl.load(shares + row * 2 * C + i)[:, None]
-        surprised = tl.load(shares + row * 2 * C + C + i)[:, None]
-        at = row * C + i[:, None]
-        if SWAPPED:
-            left = tl.load(deltas + at * ROWS + tl.arange(0, ROWS)[None, :])
-            right = tl.load(inputs + at * COLUMNS + columns[None, :])
-        else:
-            left = tl.load(inputs + at * ROWS + tl.arange(0, ROWS)[None, :])
-            right = tl.load(deltas + at * COLUMNS + columns[None, :])
-        operand = left.dtype
-        left_m = tl.trans((left.to(tl.float32) * w).to(operand))
-        left_s = tl.trans((left.to(tl.float32) * surprised).to(operand))
-        weights = tl.load(m + here)
-        momenta = tl.load(s + here)
-        weights = tl.load(ends + row * 3) * weights + tl.load(ends + row * 3 + 1) * momenta - dot(left_m, right)
-        momenta = tl.load(ends + row * 3 + 2) * momenta - dot(left_s, right)
-    tl.store(m + here, weights)
-    tl.store(s + here, momenta)
-    close = near + row * 3 * size + tile
-    tl.store(close, weights.to(near.dtype.element_ty))
-    tl.store(close + size, momenta.to(near.dtype.element_ty))
+    part: tl.constexpr = COLUMNS // TILE
+    down = tl.program_id(1) // part * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    across = tl.program_id(1) % part * TILE + tl.arange(0, TILE)
+    i = tl.arange(0, RING)
+    w = tl.load(shares + row * 2 * SLOTS + i, mask=i < SLOTS, other=0.0)
+    surprised = tl.load(shares + row * 2 * SLOTS + SLOTS + i, mask=i < SLOTS, other=0.0)
+    # What counts nothing is not read: a slot without a pair may hold anything.
+    there = ((w != 0.0) | (surprised != 0.0))[:, None]
+    pair = row * SLOTS + i[:, None]
+    left = tl.load(inputs + pair * ROWS + down[None, :], mask=there, other=0.0)
+    right = tl.load(deltas + pair * COLUMNS + across[None, :], mask=there, other=0.0)
+    left_m = tl.trans((left.to(tl.float32) * w[:, None]).to(left.dtype))
+    left_s = tl.trans((left.to(tl.float32) * surprised[:, None]).to(left.dtype))
+    here = row * ROWS * COLUMNS + down[:, None] * COLUMNS + across[None, :]
+    weights = tl.load(m + here).to(tl.float32)
+    momenta = tl.load(s + here).to(tl.float32)
+    weights = tl.load(ends + row * 3) * weights + tl.load(ends + row * 3 + 1) * momenta - dot(left_m, right)
+    momenta = tl.load(ends + row * 3 + 2) * momenta - dot(left_s, right)
+    tl.store(new_m + here, weights.to(new_m.dtype.element_ty))
+    tl.store(new_s + here, momenta.to(new_s.dtype.element_ty))

@@ -1,210 +1,120 @@
-"""Launches the Triton kernels that decode: one token per row, with a state that changes in place.
+"""Launches the Triton kernels that decode: one token per row, and the writing of the weights after many.
 
-Plain functions on tensors; nothing is read on the host, so a step can be captured in a CUDA graph. A state comes from, and
-turns back into, anchor, weights and momenta at any token. Shapes as in triton_decode.py.
+Plain functions on tensors that give new ones; nothing is read on the host. Called by the operators of memory_decode.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from titans_graph.errors import UsageError
+from titans_graph.kernels.memory_lazy import SLOTS, slots_of
 from titans_graph.kernels.triton_config import Config, Description, Kernel, Sizes, config
 from titans_graph.kernels.triton_decode import decode_write_kernel, linear_decode_kernel, mlp_decode_kernel
-from titans_graph.kernels.triton_host import State, Tokens
+from titans_graph.kernels.triton_host import Tokens
+from titans_graph.kernels.triton_memory import DTYPES
 
-OPERANDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+RING = max(16, 1 << (SLOTS - 1).bit_length())
+"""Rows of a ring's tiles: a power of 2, and no fewer than a matrix product has at least."""
 
 
 class Ring(NamedTuple):
-    """A memory between two writings of its weights; every tensor is changed in place by :func:`decode`.
+    """The tensors of :class:`~titans_graph.kernels.memory_lazy.Lazy`, contiguous; the lists have an entry a layer."""
 
-    ``inputs`` and ``deltas``: one ring per layer. The rest as in triton_decode.py.
-    """
-
-    m: Tensor
-    s: Tensor
-    near: Tensor
+    anchor: list[Tensor]
+    weights: list[Tensor]
+    momenta: list[Tensor]
     inputs: list[Tensor]
     deltas: list[Tensor]
     shares: Tensor
     ends: Tensor
-    scale: Tensor
-    apart: Tensor
+    slot: Tensor
+    norms: Tensor
 
 
-def begin(sizes: Sizes, state: State, scale: Tensor | None = None) -> Ring:
-    """A ring that goes on from a state ``[B, H, *shape]`` (fp32, layer 2 transposed), at any place in a chunk.
+def decode(sizes: Sizes, parameter: float, ring: Ring, tokens: Tokens) -> list[Tensor]:
+    """Write and read one token per row: ``[y, inputs.., deltas.., shares, ends]``, all new.
 
-    ``scale`` ``[B, H]``: what the step of the present chunk is multiplied by; needed where ``sizes.bounded``.
+    ``tokens``: q, k, v ``[B, H, 1, d]`` and gates ``[B, H, 1]`` fp32. ``sizes.chunk``: the slots of the ring; ``parameter``:
+    the objective's number.
     """
-    if not supports(sizes):
-        raise UsageError(f"no kernel decodes a memory of {sizes}")
-    if sizes.bounded and scale is None:
-        raise UsageError("a bounded memory needs the scale of the present chunk's steps")
-    anchor, m, s = (x.detach().float().flatten(0, 1).contiguous() for x in state)
-    rows, c, deep, widths = len(m), sizes.chunk, sizes.hidden > 0, (sizes.dim, sizes.hidden or sizes.dim)
-    operand = OPERANDS[sizes.dtype]
-    near = torch.stack([m, s, anchor], 1).to(operand)
-
-    def ring(width: int) -> Tensor:
-        return near.new_zeros(rows, c, width)
-
-    inputs, deltas = ([ring(width) for width in order[: 1 + deep]] for order in (widths, widths[::-1]))
-    ends = m.new_tensor([1.0, 0.0, 1.0]).repeat(rows, 1)
-    one = m.new_ones(rows) if scale is None else scale.detach().float().flatten().clone()
-    apart = torch.ones(rows, dtype=torch.int32, device=m.device)
-    return Ring(m.clone(), s.clone(), near, inputs, deltas, m.new_zeros(rows, 2, c), ends, one, apart)
-
-
-def settled(sizes: Sizes, ring: Ring, batch: int) -> State:
-    """Anchor, M and S of the last token, fp32 ``[B, H, *shape]``; the ring is left as it is.
-
-    The anchor is rounded as the operands are.
-    """
-    (w, s), (a0, f, e0) = ring.shares.unbind(1), ring.ends.unbind(1)
-    updates = [
-        tuple((share[..., None] * u.float()).mT @ d.float() for share in (w, s))
-        for u, d in zip(ring.inputs, ring.deltas, strict=True)
-    ]
+    old = [*ring.inputs, *ring.deltas, ring.shares, ring.ends]
+    new = [torch.empty_like(x) for x in (tokens.q, *old)]
+    batch, heads = tokens.q.shape[:2]
+    if batch * heads == 0:
+        return new
+    fast = *ring.anchor, *ring.weights, *ring.momenta
+    given = *tokens, ring.slot, *fast, *old
     if sizes.hidden:
-        (w1, s1), (w2, s2) = updates
-        by_m, by_s = torch.stack([w1, w2.mT], 1), torch.stack([s1, s2.mT], 1)
+        _launch("mlp_decode", mlp_decode_kernel, (batch * heads,), sizes, (*given, ring.norms, *new, heads), parameter)
     else:
-        by_m, by_s = updates[0]
-    one = (-1, *[1] * (ring.m.dim() - 1))
-    m = a0.view(one) * ring.m + f.view(one) * ring.s - by_m
-    momenta = e0.view(one) * ring.s - by_s
-    anchor = torch.where(ring.apart.view(one) != 0, ring.near[:, 2].float(), ring.near[:, 0].float())
-    return State(*(x.view(batch, -1, *x.shape[1:]) for x in (anchor, m, momenta)))
+        _launch("linear_decode", linear_decode_kernel, (batch * heads,), sizes, (*given, *new, heads), parameter)
+    return new
 
 
-def decode(
-    sizes: Sizes, parameter: float, ring: Ring, tokens: Tokens, position: Tensor, start_m: Tensor, start_s: Tensor
-) -> Tensor:
-    """Write and read one token per row: y like q; ``ring`` is changed in place.
-
-    ``tokens``: q, k, v ``[B, H, 1, d]`` in the operands' type and gates ``[B, H, 1]`` fp32. ``position`` int64 ``[B]``: below
-    0 where a row has no token (y is 0, the ring stays); at 0 the row restarts from ``start_m``, ``start_s``, fp32
-    ``[B, H, *shape]`` or ``[H, *shape]`` for all rows. ``parameter``: the objective's number. One operator inside a compiled
-    region.
-    """
-    run = decode_op if torch.compiler.is_compiling() else _decode
-    rest = ring.inputs, ring.deltas, ring.shares, ring.ends, ring.scale, ring.apart
-    form = sizes.chunk, sizes.hidden, sizes.dtype, sizes.activation, sizes.objective, sizes.read, sizes.bounded, parameter
-    return run(*form, ring.m, ring.s, ring.near, *rest, list(tokens), position, start_m, start_s)
-
-
-def _decode(
-    chunk: int,
-    hidden: int,
-    dtype: str,
-    activation: str,
-    objective: str,
-    read: str,
-    bounded: bool,
-    parameter: float,
-    m: Tensor,
-    s: Tensor,
-    near: Tensor,
-    inputs: Sequence[Tensor],
-    deltas: Sequence[Tensor],
-    shares: Tensor,
-    ends: Tensor,
-    scale: Tensor,
-    apart: Tensor,
-    tokens: Sequence[Tensor],
-    position: Tensor,
-    start_m: Tensor,
-    start_s: Tensor,
-) -> Tensor:
-    """:func:`decode` on plain arguments."""
-    q, k, v, step, log_momentum, log_keep = (x.contiguous() for x in tokens)
-    y, heads, rows = torch.empty_like(q), q.shape[1], len(m)
-    if rows == 0:
-        return y
-    sizes = Sizes(chunk, q.shape[-1], hidden, dtype, activation, objective, read, bounded=bounded)
-    ring = Ring(m, s, near, list(inputs), list(deltas), shares, ends, scale, apart)
-    write(sizes, ring, position, heads, start_m.contiguous(), start_s.contiguous())
-    given = q, k, v, step, log_momentum, log_keep, position, near
-    if hidden:
-        rings = [x for pair in zip(inputs, deltas, strict=True) for x in pair]
-        args = (*given, *rings, shares, ends, scale, apart, y, heads)
-        _launch("mlp_decode", mlp_decode_kernel, (rows,), sizes, args, PARAMETER=parameter)
-    else:
-        args = (*given, *inputs, *deltas, shares, ends, apart, y, heads)
-        _launch("linear_decode", linear_decode_kernel, (rows,), sizes, args, PARAMETER=parameter)
-    return y
+def write(
+    weights: list[Tensor], momenta: list[Tensor], inputs: list[Tensor], deltas: list[Tensor], shares: Tensor, ends: Tensor
+) -> list[Tensor]:
+    """``[weights.., momenta..]`` of the last token, all new."""
+    new = [torch.empty_like(x) for x in (*weights, *momenta)]
+    count = len(weights)
+    rows = shares.shape[0] * shares.shape[1]
+    for layer in range(count if rows else 0):
+        width, out = weights[layer].shape[2:]
+        sizes = Sizes(shares.shape[-1], width, out, DTYPES[weights[layer].dtype])
+        args = weights[layer], momenta[layer], inputs[layer], deltas[layer], shares, ends, new[layer], new[count + layer]
+        values = _constants(decode_write_kernel, sizes, config("decode_write", sizes))
+        tiles = width // values["TILE_ROWS"] * (out // values["TILE"])
+        _launch("decode_write", decode_write_kernel, (rows, tiles), sizes, args, 0.0)
+    return new
 
 
-decode_op = torch.library.custom_op(
-    "titans_graph::memory_decode",
-    _decode,
-    mutates_args=("m", "s", "near", "inputs", "deltas", "shares", "ends", "scale", "apart"),
-)
-
-
-@decode_op.register_fake
-def _(*args: Any) -> Tensor:
-    return torch.empty_like(args[17][0], memory_format=torch.contiguous_format)
-
-
-def write(sizes: Sizes, ring: Ring, position: Tensor, heads: int, start_m: Tensor, start_s: Tensor) -> None:
-    """Write M and S in the rows whose token at ``position`` begins a chunk."""
-    size = ring.m[0].numel()
-    for layer, (inputs, deltas) in enumerate(zip(ring.inputs, ring.deltas, strict=True)):
-        columns = sizes.hidden or sizes.dim
-        start = start_m, start_s, start_m.numel() // size
-        args = (position, ring.m, ring.s, ring.near, inputs, deltas, ring.shares, ring.ends, *start, heads)
-        tiles = columns // tile_of(sizes, config("decode_write", sizes))
-        place = layer * sizes.dim * columns, size
-        _launch("decode_write", decode_write_kernel, (len(ring.m), tiles), sizes, (*args, *place), SWAPPED=layer == 1)
-
-
-def _launch(name: str, function: Any, grid: tuple[int, ...], sizes: Sizes, args: tuple[Any, ...], **given: Any) -> None:
-    """Never autotuned: a launch changes its arguments."""
+def _launch(name: str, function: Any, grid: tuple[int, ...], sizes: Sizes, args: tuple[Any, ...], parameter: float) -> None:
+    """Not autotuned: one token is over before anything could be measured."""
     chosen = config(name, sizes)
-    values = _constants(function, sizes, chosen) | given
+    values = _constants(function, sizes, chosen)
+    if "PARAMETER" in values:
+        values["PARAMETER"] = parameter
     function[grid](*args, **values, num_warps=chosen.num_warps, num_stages=chosen.num_stages)
 
 
-def tile_of(sizes: Sizes, chosen: Config) -> int:
-    """The tile of the hidden size (of the value columns of a linear memory): a power of 2 that divides it."""
-    width = sizes.hidden or sizes.dim
-    return min(chosen.tile or 64, width & -width)
+def tile_of(width: int, most: int) -> int:
+    """The largest power of 2 that divides ``width``, at most ``most`` (64 where that is 0)."""
+    return min(most or 64, width & -width)
 
 
 def supports(sizes: Sizes) -> bool:
-    """Sizes that the kernels know: powers of 2 from 16, a hidden size that is a multiple of 16."""
-    powers = all(16 <= x <= 256 and x & (x - 1) == 0 for x in (sizes.dim, sizes.chunk))
-    return powers and sizes.hidden % 16 == 0 and not (sizes.hidden and sizes.dim > 128) and not sizes.resumed
+    """Sizes that the kernels know: keys of a power of 2 from 16, a hidden size that is a multiple of 16, any chunk."""
+    power = 16 <= sizes.dim <= (128 if sizes.hidden else 256) and sizes.dim & (sizes.dim - 1) == 0
+    return power and sizes.hidden % 16 == 0 and not sizes.resumed
 
 
 def _constants(function: Any, sizes: Sizes, chosen: Config) -> dict[str, Any]:
+    """``sizes``: of a memory; of ``decode_write`` those of one fast weight, ``hidden`` being its columns."""
+    slots, columns = slots_of(sizes.chunk), sizes.hidden or sizes.dim
     values = {
-        "C": sizes.chunk,
+        "SLOTS": slots,
+        "RING": RING,
         "D": sizes.dim,
         "HIDDEN": sizes.hidden,
-        "TILE": tile_of(sizes, chosen),
+        "TILE": tile_of(columns, chosen.tile),
         "ACT": sizes.activation,
         "OBJECTIVE": sizes.objective,
         "PARAMETER": 1.0,
         "BOUNDED": sizes.bounded,
         "READ": sizes.read,
         "ROWS": sizes.dim,
-        "COLUMNS": sizes.hidden or sizes.dim,
-        "SWAPPED": sizes.hidden > 0,
+        "COLUMNS": columns,
+        "TILE_ROWS": tile_of(sizes.dim, 64),
     }
     return {name: values[name] for name in function.arg_names if name in values}
 
 
-_FP32 = {"step", "log_momentum", "log_keep", "shares", "ends", "scale", "m", "s", "start_m", "start_s"}
-_OTHERS = {"position": "*i64", "apart": "*i32", "heads": "i32", "start_rows": "i32", "offset": "i32:16", "size": "i32:16"}
+_FP32 = {"step", "log_momentum", "log_keep", "shares", "ends", "norms", "new_shares", "new_ends"}
+_OTHERS = {"slots": "*i64", "heads": "i32"}
 
 
 def _describe(function: Any, sizes: Sizes, chosen: Config) -> Description:
@@ -214,10 +124,16 @@ def _describe(function: Any, sizes: Sizes, chosen: Config) -> Description:
     return {name: _OTHERS.get(name, "*fp32" if name in _FP32 else operand) for name in names}, constants
 
 
+def _linear(sizes: Sizes) -> bool:
+    return supports(sizes) and not sizes.hidden
+
+
+def _deep(sizes: Sizes) -> bool:
+    return supports(sizes) and sizes.hidden > 0
+
+
 KERNELS = (
-    Kernel(
-        "linear_decode", linear_decode_kernel, partial(_describe, linear_decode_kernel), lambda s: supports(s) and not s.hidden
-    ),
-    Kernel("mlp_decode", mlp_decode_kernel, partial(_describe, mlp_decode_kernel), lambda s: supports(s) and s.hidden > 0),
+    Kernel("linear_decode", linear_decode_kernel, partial(_describe, linear_decode_kernel), _linear),
+    Kernel("mlp_decode", mlp_decode_kernel, partial(_describe, mlp_decode_kernel), _deep),
     Kernel("decode_write", decode_write_kernel, partial(_describe, decode_write_kernel), supports),
 )

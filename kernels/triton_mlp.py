@@ -64,11 +64,8 @@ def spectral(states, anchor, begins, D: tl.constexpr, HIDDEN: tl.constexpr, TILE
 
 
 @triton.jit
-def step_scale(states, anchor, begins, D: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr, RESUMED: tl.constexpr,
-               ACT: tl.constexpr):  # fmt: skip
-    """What the chunk's steps are multiplied by: one over the bound of the curvature (Network.curvature), at most 1."""
-    one = spectral(states, anchor, begins, D, HIDDEN, TILE, RESUMED)
-    two = spectral(states + D * HIDDEN, anchor + D * HIDDEN, begins, D, HIDDEN, TILE, RESUMED)
+def scale_of(one, two, ACT: tl.constexpr):
+    """One over the bound of the curvature (Network.curvature), at most 1, from the norms of both layers."""
     if ACT == "silu":
         slope = 1.0999
         length = one
@@ -80,6 +77,15 @@ def step_scale(states, anchor, begins, D: tl.constexpr, HIDDEN: tl.constexpr, TI
         length = one * one
     share = slope * two
     return 1.0 / tl.maximum(share * share + length * length, 1.0)
+
+
+@triton.jit
+def step_scale(states, anchor, begins, D: tl.constexpr, HIDDEN: tl.constexpr, TILE: tl.constexpr, RESUMED: tl.constexpr,
+               ACT: tl.constexpr):  # fmt: skip
+    """What the chunk's steps are multiplied by."""
+    one = spectral(states, anchor, begins, D, HIDDEN, TILE, RESUMED)
+    two = spectral(states + D * HIDDEN, anchor + D * HIDDEN, begins, D, HIDDEN, TILE, RESUMED)
+    return scale_of(one, two, ACT)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.test_memory_cases import STATE, Case, assert_close, make
-from titans_graph.kernels.memory_lazy import begin, current, due, lazy_step, restarted, written
+from titans_graph.kernels.memory_lazy import begin, current, lazy_step, ready, slots_of
 from titans_graph.kernels.memory_reference import memory_reference
 
 FORMS = [
@@ -31,16 +31,13 @@ run_reference: Any = memory_reference
 def decode(case: Case, position: Tensor) -> list[Tensor]:
     """All tokens of a case one by one, rows standing at ``position`` ``[B, T]``: ``[y, anchor.., weights.., momenta..]``."""
     anchor, weights, momenta, initial, _ = (case.state[n] for n in STATE)
-    state, outputs = begin(case.network, case.chunk, case.bounded, anchor, weights, momenta), []
+    state, taken, outputs = begin(case.network, case.chunk, case.bounded, anchor, weights, momenta), 0, []
     for t in range(position.shape[1]):
-        here = position[:, t]
-        state = restarted(state, here == 0, initial)
-        rows = torch.tensor([due(place, case.chunk) for place in here.tolist()])
-        if bool(rows.any()):
-            state = written(case.network, state, rows, here % case.chunk == 0)
+        state, taken = ready(case.network, case.chunk, state, taken, position[:, t].tolist(), initial)
+        assert taken < slots_of(case.chunk)
         tokens = [x[:, :, t : t + 1] for x in case.tokens.values()]
-        form = case.network, case.objective, case.read, case.chunk, case.bounded
-        y, state = run_step(*form, state, *tokens, here[:, None])
+        y, state = run_step(case.network, case.objective, case.read, case.bounded, state, *tokens)
+        taken += 1
         outputs.append(y)
     return [torch.cat(outputs, 2), *state.anchor, *(x for values in current(case.network, state) for x in values)]
 
@@ -86,7 +83,7 @@ def test_a_step_makes_a_ring_and_nothing_else_anew() -> None:
         state = begin(case.network, 8, False, *(case.state[n] for n in STATE[:3]))
         before = [x.clone() for x in state.deltas]
         tokens = [x[:, :, :1] for x in case.tokens.values()]
-        _, after = run_step(case.network, "l2", "after", 8, False, state, *tokens, torch.ones(2, 1, dtype=torch.int64))
+        _, after = run_step(case.network, "l2", "after", False, state, *tokens)
     assert all(a is b for a, b in zip(after.weights, state.weights, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(before, state.deltas, strict=True))
     assert not torch.equal(after.deltas[0], state.deltas[0])

@@ -126,11 +126,8 @@ MEMORY = (
     defect(
         "anchor late for single tokens",
         "decoding goes on with the anchor of the chunk before",
-        (
-            "kernels.memory_lazy:written",
-            "anchor = [w.clone() for w in state.weights] if every else _rows(starts, state.weights, state.anchor)",
-            "anchor = state.anchor",
-        ),
+        ("kernels.memory_lazy:_anchored", "anchor = [w.clone() for w in state.weights]", "anchor = state.anchor"),
+        ("kernels.memory_lazy:_anchored", "old.index_copy(0, index, new) for", "old for"),
     ),
     defect(
         "past surprise of the ring does not fade",
@@ -174,7 +171,7 @@ MEMORY = (
     defect(
         "forgetting applied after the write, for single tokens",
         "M = keep (M + S) for single tokens",
-        ("kernels.memory_lazy:lazy_step", "(keep * w + s, keep * a0", "(keep * (w + s), keep * a0"),
+        ("kernels.memory_lazy:lazy_step", "keep * w + s, keep * a0", "keep * (w + s), keep * a0"),
     ),
     defect(
         "forgetting applied after the write, everywhere",
@@ -198,7 +195,7 @@ MEMORY = (
         "all programs answer with the token's own write",
         ("kernels.memory_chunk:mixing", 'if read == "before":', "if False:"),
         ("kernels.memory:memory_step", '"before": before,', '"before": after,'),
-        ("kernels.memory_lazy:lazy_step", "else new.before((w, a0, f))", "else new"),
+        ("kernels.memory_lazy:lazy_step", "else new.before(_all_to(dtype, (w, a0, f)))", "else new"),
         ("kernels.memory_reference:memory_reference", '"before": before,', '"before": after,'),
     ),
     defect(
@@ -235,7 +232,7 @@ MEMORY = (
         "initial momenta not restored at a seam",
         "a document that starts with a single token starts with the momentum of the one before",
         (
-            "kernels.memory_lazy:restarted",
+            "kernels.memory_lazy:_restarted",
             "[torch.zeros_like(x) for x in state.momenta]",
             "state.momenta",
         ),
@@ -244,9 +241,9 @@ MEMORY = (
         "opening reads the current weights",
         "what is recalled before a segment knows what the segment wrote",
         (
-            "components.memory_neural:NeuralMemory._opening_weights",
-            'torch.where(begins.view(shape), current, state[f"opening.{n}"])',
-            "current",
+            "kernels.memory_state:opening_weights",
+            'torch.where(begins.view(shape), now, state[f"opening.{name}"])',
+            "now",
         ),
     ),
     defect(

@@ -17,7 +17,7 @@ from torch import Tensor
 from titans_graph.bench.memory import Case
 from titans_graph.kernels.memory import memory_step
 from titans_graph.kernels.memory_compile import build
-from titans_graph.kernels.memory_lazy import Lazy, begin, due, lazy_step, written
+from titans_graph.kernels.memory_lazy import Lazy, begin, lazy_step, ready, slots_of
 from titans_graph.kernels.memory_objectives import parse_objective
 from titans_graph.kernels.networks import parse_network
 
@@ -51,32 +51,31 @@ def _eager(case: Case, bounded: bool, weights: Tensors, momenta: Tensors, tokens
 
 
 def _lazy(case: Case, bounded: bool, weights: Tensors, momenta: Tensors, tokens: Tensors) -> tuple[Step, Tensors]:
-    """The step with a ring, weights written where they are due, and the state it starts from."""
+    """The step with a ring, weights written where it is full, and the state it starts from."""
     network, n = parse_network(case.network), len(weights)
-    positions = [torch.full((case.batch, 1), place) for place in range(2 * case.chunk)]
-    rows = torch.ones(case.batch, dtype=torch.bool)
-    static: Any = network, L2, "after", case.chunk, bounded
+    static: Any = network, L2, "after", bounded
 
     def lazy(flat: Any) -> Lazy:
-        uses = (len(flat) - 3 * n - 3) // 2
+        uses = (len(flat) - 3 * n - 4) // 2
         anchor, now, moving = (list(flat[i * n : (i + 1) * n]) for i in range(3))
-        return Lazy(anchor, now, moving, list(flat[3 * n : 3 * n + uses]), list(flat[3 * n + uses : -3]), *flat[-3:])
+        return Lazy(anchor, now, moving, list(flat[3 * n : 3 * n + uses]), list(flat[3 * n + uses : -4]), *flat[-4:])
 
     def flattened(state: Lazy) -> Tensors:
         return [x for part in state for x in ([part] if isinstance(part, Tensor) else part)]
 
     def run(*args: Tensor) -> Any:
         step: Any = lazy_step
-        y, after = step(*static, lazy(args[:-7]), *args[-7:])
+        y, after = step(*static, lazy(args[:-6]), *args[-6:])
         return [y, *flattened(after)[3 * n : -1]]
 
     def whole(state: Tensors, tokens: Tensors, place: int) -> Tensors:
-        if due(place, case.chunk):
-            state = flattened(written(network, lazy(state), rows, positions[place][:, 0] % case.chunk == 0))
-        return [*state[: 3 * n], *code(*state, *tokens, positions[place])[1:], state[-1]]
+        slots = slots_of(case.chunk)
+        if place % case.chunk % slots == 0:
+            state = flattened(ready(network, case.chunk, lazy(state), slots, [place] * case.batch, [])[0])
+        return [*state[: 3 * n], *code(*state, *tokens)[1:], state[-1]]
 
     start = flattened(begin(network, case.chunk, bounded, [w.clone() for w in weights], weights, momenta))
-    code = _built(run, [*start, *tokens, positions[0]])
+    code = _built(run, [*start, *tokens])
     return whole, start
 
 

@@ -245,8 +245,10 @@ class Model(nn.Module):
         # Not settled for the look: that would be the work which single tokens put off.
         held = state.nodes.held if isinstance(state.nodes, Stepping) else state.nodes
         for node, tensors in held.items():
+            precise = self._module(node).precise
             for key, t in tensors.items():
-                same = t.dtype == reference.dtype or not t.is_floating_point() or _autocast(x)
+                wanted = torch.promote_types(reference.dtype, torch.float32) if key in precise else reference.dtype
+                same = t.dtype == wanted or not t.is_floating_point() or _autocast(x)
                 if t.device != reference.device or not same:
                     raise StateError(
                         f"{key} of {node!r} is {t.dtype} on {t.device}, the model {reference.dtype} on {reference.device}; "
