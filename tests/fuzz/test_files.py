@@ -96,6 +96,16 @@ def test_declared_header_sizes_are_checked_first(path: Path, length: int) -> Non
         load(path)
 
 
+@pytest.mark.parametrize("name", [checkpoint.WEIGHTS, checkpoint.OPTIMIZER])
+@pytest.mark.parametrize("length", [0, 1, 2**24 + 1, 2**31, 2**63, 2**64 - 1])
+def test_declared_header_sizes_of_a_checkpoint_are_checked_first(step: Path, name: str, length: int) -> None:
+    (step / name).write_bytes(length.to_bytes(8, "little") + (step / name).read_bytes()[8:])
+    model = small("transformer", torch.float32)
+    found = checkpoint.Checkpoint(step, json.loads((step / checkpoint.PROGRESS).read_text()))
+    with pytest.raises(CheckpointError, match=r"a header of \d+ bytes"):
+        checkpoint.restore(found, model, torch.optim.AdamW(model.parameters()))
+
+
 def test_declared_shapes_are_held_against_the_file(path: Path) -> None:
     for shape in ([2**40], [2**62, 4], [2, 2**61], [0], [], [3]):
         changed(path, lambda header, data: header["position"].update(shape=shape))  # noqa: B023

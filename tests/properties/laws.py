@@ -1,7 +1,7 @@
 """What must hold for every graph the language can express, each as a plain function that raises AssertionError.
 
 Tests draw graphs and readings and call these; so may anything else that wants to know whether the code still keeps its
-promises. All run in float64 on small sizes.
+promises. All but one run in float64, on small sizes.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from titans_graph.testing.strategies import Planted, Reading
 
 TOLERANCE = 1e-9
 GRADIENT_TOLERANCE = 1e-7
+SINGLE_TOLERANCE, SINGLE_GRADIENT_TOLERANCE = 1e-3, 1e-2
+"""Of float32 against float64: a hundred times the largest difference seen, a tenth of what a wrong term makes."""
 
 OPTIONAL = tuple(p for p in PLANS if p.optional)
 
@@ -78,10 +80,10 @@ def gradients(model: tg.Model, outputs: Mapping[str, Tensor], x: Tensor) -> list
     return list(torch.autograd.grad(loss(outputs), leaves, allow_unused=True, materialize_grads=True)) if leaves else []
 
 
-def alike(got: list[Tensor], want: list[Tensor]) -> None:
+def alike(got: list[Tensor], want: list[Tensor], tolerance: float = GRADIENT_TOLERANCE) -> None:
     """Gradients agree."""
     for a, b in zip(got, want, strict=True):
-        assert error(a, b) <= GRADIENT_TOLERANCE, error(a, b)
+        assert error(a, b) <= tolerance, error(a, b)
 
 
 def leaf(reading: Reading) -> Reading:
@@ -101,14 +103,31 @@ def check_naive(graph: Graph, reading: Reading, *, gradient: bool = True) -> Non
     """The compiled program equals the node-by-node evaluation of the graph, in outputs and in gradients."""
     model, reading = built(graph), leaf(reading)
     got, _ = reading.read(model)
-    rows: dict[str, list[list[Tensor]]] = {name: [[] for _ in reading.x] for name in got}
-    for row, start, stop in reading.runs():
-        for name, y in Evaluation(graph, model.body, reading.x[row, start:stop]).outputs().items():
-            rows[name][row].append(y)
-    want = {name: torch.stack([torch.cat(parts) for parts in each]) for name, each in rows.items()}
+    want = evaluated(graph, model, reading)
     same(got, want)
     if gradient:
         alike(gradients(model, got, reading.x), gradients(model, want, reading.x))
+
+
+def evaluated(graph: Graph, model: tg.Model, reading: Reading) -> dict[str, Tensor]:
+    """The outputs of the node-by-node evaluation, with a model's tensors."""
+    rows: dict[str, list[list[Tensor]]] = {name: [[] for _ in reading.x] for name in graph.main.outputs}
+    for row, start, stop in reading.runs():
+        for name, y in Evaluation(graph, model.body, reading.x[row, start:stop]).outputs().items():
+            rows[name][row].append(y)
+    return {name: torch.stack([torch.cat(parts) for parts in each]) for name, each in rows.items()}
+
+
+def check_single_precision(graph: Graph, reading: Reading) -> None:
+    """The program in float32 equals the evaluation in float64 as far as float32 goes, in outputs and in gradients."""
+    model, single, reading = built(graph), built(graph).float(), leaf(reading)
+    rounded = leaf(replace(reading, x=reading.x.detach().float() if reading.x.is_floating_point() else reading.x))
+    got, _ = rounded.read(single)
+    assert {y.dtype for y in got.values()} == {torch.float32}
+    outputs, want = {name: y.double() for name, y in got.items()}, evaluated(graph, model, reading)
+    same(outputs, want, SINGLE_TOLERANCE)
+    slopes = [g.double() for g in gradients(single, outputs, rounded.x)]
+    alike(slopes, gradients(model, want, reading.x), SINGLE_GRADIENT_TOLERANCE)
 
 
 def check_passes(graph: Graph, reading: Reading) -> None:

@@ -30,6 +30,12 @@ def test_programs_equal_the_naive_evaluation(graph: Graph, data: st.DataObject) 
     laws.check_naive(graph, data.draw(tgs.readings(graph), "reading"))
 
 
+@FEWER
+@given(graph=tgs.graphs(), data=st.data())
+def test_programs_in_single_precision_equal_the_naive_evaluation(graph: Graph, data: st.DataObject) -> None:
+    laws.check_single_precision(graph, data.draw(tgs.readings(graph), "reading"))
+
+
 @given(graph=tgs.graphs(), data=st.data())
 def test_any_split_streams_to_the_same_output(graph: Graph, data: st.DataObject) -> None:
     laws.check_streaming(graph, data.draw(tgs.readings(graph), "reading"))
