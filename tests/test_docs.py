@@ -57,7 +57,7 @@ def run_python(name: str, marks: tuple[str, ...]) -> int:
     for found in FENCE.finditer(text):
         if found["language"] == "python" and (found["mark"] or "") in marks:
             above = text.count("\n", 0, found.start("body"))
-            exec(compile("\n" * above + found["body"], name, "exec"), space)
+            exec(compile("\n" * above + found["body"], name, "exec", dont_inherit=True), space)
             count += 1
     return count
 
@@ -65,6 +65,7 @@ def run_python(name: str, marks: tuple[str, ...]) -> int:
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     write_files(text_of(name), tmp_path)
     run_python(name, ("", "file"))
 
