@@ -47,7 +47,7 @@ check: $(STAMP) ## format, lint and types: what CI checks
 
 nightly: $(STAMP) ## every test, with many more examples: an hour or longer
 	@echo "All tests with the hypothesis profile 'nightly': this may take an hour or longer"
-	@HYPOTHESIS_PROFILE=nightly $(PYTEST) tests $(PARALLEL) $(ARGS)
+	@HYPOTHESIS_PROFILE=nightly $(PYTEST) tests $(PARALLEL) -o faulthandler_timeout=3600 $(ARGS)
 
 coverage: $(STAMP) ## the tests again in one process, then the lines no test reached
 	@$(ONE_THREAD) $(BIN)/coverage run -m pytest -q tests -m "not nightly" $(ARGS)

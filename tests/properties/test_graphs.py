@@ -13,7 +13,7 @@ from tests.properties import laws
 from titans_graph.ir import Graph
 from titans_graph.testing import strategies as tgs
 
-MANY = settings(max_examples=4 * settings().max_examples)
+MANY = settings(max_examples=min(2000, 4 * settings().max_examples))
 FEWER = settings(max_examples=max(10, settings().max_examples // 2))
 COMPILED = settings(max_examples=max(2, settings().max_examples // 20))
 
