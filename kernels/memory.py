@@ -89,7 +89,7 @@ def memory_scan(
     state = [list(x) for x in (anchor, weights, momenta, initial_weights, initial_momenta)]
     if kernel != "reference" and _transformed([*(x for xs in state for x in xs), q, k, v, step, log_momentum, log_keep]):
         raise UsageError("the memory's operators know reverse-mode gradients only; take kernel='reference' under torch.func")
-    operand = operand_type(q.dtype, dtype)
+    operand = operand_type(q, dtype)
     kernel = choose(kernel, network, objective, read, chunk, bounded, q.shape[-1], operand, q.is_cuda)
     if kernel in ("triton", "reference") and every != AUTOMATIC:
         raise UsageError(f"every={every} is a setting of the portable form, not of {kernel}: take kernel='chunk' or 'compiled'")
@@ -125,9 +125,15 @@ def check_choices(read: str, kernel: str) -> None:
         raise UsageError(f"read is one of {', '.join(READS)} and kernel one of {', '.join(KERNELS)}; got {read!r}, {kernel!r}")
 
 
-def operand_type(token: torch.dtype, weight: torch.dtype) -> torch.dtype:
-    """In what the Triton kernels multiply: half precision where the tokens have it, else the wider of the two types."""
-    return token if token.itemsize < 4 else torch.promote_types(token, weight)
+def operand_type(q: Tensor, weight: torch.dtype) -> torch.dtype:
+    """In what the Triton kernels multiply: autocast's type where that is on; else half precision where the tokens have it,
+    and the wider of the two types where they have not.
+
+    Autocast cannot be left to the tokens: norms and sums, and whatever is made of them, are float32 under it.
+    """
+    if torch.is_autocast_enabled(q.device.type):
+        return torch.get_autocast_dtype(q.device.type)
+    return q.dtype if q.dtype.itemsize < 4 else torch.promote_types(q.dtype, weight)
 
 
 def choose(

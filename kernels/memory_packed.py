@@ -61,7 +61,7 @@ def neural_memory_packed(
     names = [name for name, _ in shapes]
     state = [[named[n] for n in names] for named in (start, start, rest, start, rest)]
     tokens = [q, k, v, step, log_momentum, log_keep]
-    operand = operand_type(q.dtype, state[0][0].dtype)
+    operand = operand_type(q, state[0][0].dtype)
     name = choose(kernel, text, goal, read, chunk, False, q.shape[-1], operand, q.is_cuda)
     if name == "triton":
         tokens = [*(x.to(operand) for x in tokens[:3]), *tokens[3:]]

@@ -20,7 +20,7 @@ from titans_graph.runtime.state import Stepping
 if not available():
     pytest.skip(available().why, allow_module_level=True)
 
-from titans_graph.kernels import triton_decode_host
+from titans_graph.kernels import triton_decode_host, triton_memory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DIM, CHUNK = 16, 16
@@ -172,6 +172,32 @@ def test_gradients_and_other_kernels_take_the_portable_form(decoded: list[int]) 
     y, _ = fast(x[:, :1].to(DEVICE))
     y.sum().backward()
     assert decoded == []
+
+
+def test_under_autocast_the_kernels_multiply_in_its_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever makes the streams float32 under autocast, such as a convolution's taps; gradients come back in fp32."""
+    seen = []
+    given = triton_memory.memory_of
+
+    def spied(*args: Any) -> triton_memory.Memory:
+        seen.append(args[-1])
+        return given(*args)
+
+    monkeypatch.setattr(triton_memory, "memory_of", spied)
+    fast, truth = pair()
+    for model in (fast, truth):
+        model.requires_grad_(True)
+    x = stream(1, 20)
+    with torch.autocast(DEVICE, torch.float16):
+        y, _ = fast(x.to(DEVICE))
+    y.float().sum().backward()
+    truth(x.double())[0].sum().backward()
+    assert set(seen) == {torch.float16}
+    for (name, a), (_, b) in zip(fast.named_parameters(), truth.named_parameters(), strict=True):
+        assert a.grad is not None, name
+        assert b.grad is not None, name
+        assert a.grad.dtype == torch.float32, name
+        close(a.grad.double().cpu(), b.grad, 0.05)
 
 
 @pytest.mark.compile
