@@ -27,6 +27,7 @@ from typing import Any
 
 from titans_graph.errors import UsageError
 from titans_graph.kernels.triton_config import ARCHS, Config, Kernel, Sizes, default, importable, interpreted, kernels
+from titans_graph.kernels.triton_table import longest_chunk
 
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
 """Bytes of shared memory one program may use."""
@@ -186,7 +187,10 @@ def usual_sizes(target: str) -> list[Sizes]:
 
 
 def all_sizes(target: str) -> list[Sizes]:
-    """Every shape in bf16 and every variant of the usual ones; on sm_90 every chunk as well."""
+    """Every shape in bf16 and every variant of the usual ones; every chunk on sm_90, elsewhere of the largest shapes.
+
+    Without what a chip has no memory for, which the dispatcher leaves to the portable form.
+    """
     shapes = [(64, 0), (128, 0), (256, 0), *((64, h) for h in (64, 128, 256)), *((128, h) for h in (128, 256, 512))]
     chunks = (16, 32, 64, 128, 256) if target == "sm_90" else (64,)
     found = usual_sizes(target)
@@ -196,7 +200,9 @@ def all_sizes(target: str) -> list[Sizes]:
     changes += [{"objective": o} for o in ("dot", "huber")] + [{"read": r} for r in ("before", "chunk")]
     changes += [{"resumed": True}, {"bounded": True}, {"resumed": True, "bounded": True}]
     found += [replace(base, **change) for base in (LINEAR[-1], DEEP[-1]) for change in changes]
-    return list(dict.fromkeys(found))
+    wide = DEEP[-1], Sizes(64, 128, 256, activation="silu"), LINEAR[-1]
+    found += [replace(base, chunk=chunk) for base in wide for chunk in (16, 32, 128, 256)]
+    return [size for size in dict.fromkeys(found) if size.chunk <= longest_chunk(size, target)]
 
 
 def cases(targets: Iterable[str], every: bool = False, names: Iterable[str] = ()) -> list[Case]:

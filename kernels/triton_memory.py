@@ -21,8 +21,9 @@ from torch import Tensor
 from titans_graph.errors import UsageError
 from titans_graph.kernels.memory_objectives import Objective, parse_objective
 from titans_graph.kernels.networks import Network, parse_network
-from titans_graph.kernels.triton_config import Sizes, available
+from titans_graph.kernels.triton_config import Sizes, available, current_arch, interpreted
 from titans_graph.kernels.triton_plan import Plan, grid_plan, packed_chunks, packed_plan
+from titans_graph.kernels.triton_table import longest_chunk
 
 log = logging.getLogger("titans_graph.kernels")
 
@@ -40,11 +41,14 @@ class Memory(NamedTuple):
 
 def refusal(network: str, objective: str, read: str, chunk: int, bounded: bool, dim: int, operand: torch.dtype) -> str:
     """Why the kernels cannot compute this memory here; empty where they can."""
-    return str(available().why) or _refusal(network, objective, read, chunk, bounded, dim, operand)
+    arch = "" if interpreted() else current_arch()
+    return str(available().why) or _refusal(network, objective, read, chunk, bounded, dim, operand, arch)
 
 
 @lru_cache(maxsize=256)
-def _refusal(network: str, objective: str, read: str, chunk: int, bounded: bool, dim: int, operand: torch.dtype) -> str:
+def _refusal(
+    network: str, objective: str, read: str, chunk: int, bounded: bool, dim: int, operand: torch.dtype, arch: str
+) -> str:
     try:
         sizes = memory_of(network, objective, read, chunk, bounded, True, dim, operand).sizes
     except UsageError as problem:
@@ -54,7 +58,12 @@ def _refusal(network: str, objective: str, read: str, chunk: int, bounded: bool,
     else:
         from titans_graph.kernels.triton_linear import supported as supports
     inner = f", hidden size {sizes.hidden}" if sizes.hidden else ""
-    return "" if supports(sizes) else f"no kernel for keys of size {dim}{inner} in chunks of {chunk} and {sizes.dtype}"
+    what = f"no kernel for keys of size {dim}{inner} in chunks of {chunk} and {sizes.dtype}"
+    if not supports(sizes):
+        return what
+    # The interpreter has all the memory there is.
+    most = longest_chunk(sizes, arch) if arch else chunk
+    return "" if chunk <= most else f"{what} on {arch}, which has memory for chunks of {most}" if most else f"{what} on {arch}"
 
 
 @lru_cache(maxsize=256)

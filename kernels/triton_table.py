@@ -6,7 +6,7 @@ where one spills registers or needs more shared memory than the chip has; tests/
 
 from __future__ import annotations
 
-from titans_graph.kernels.triton_config import Rule
+from titans_graph.kernels.triton_config import Rule, Sizes, table_arch
 
 LINEAR: tuple[Rule, ...] = (
     Rule("linear_scan", "sm_80", {"dim": 256}, {"tile": 16}),
@@ -87,3 +87,20 @@ TABLE: tuple[Rule, ...] = (
     Rule(sizes={"chunk": 128}, config={"num_warps": 8}),
     Rule(config={"num_warps": 4, "num_stages": 2, "tile": 32}),
 )
+
+LONGEST = {"sm_80": (128, 128), "sm_90": (256, 128), "sm_100": (128, 64), "gfx942": (64, 64), "small": (128, 32)}
+"""The longest chunks of an MLP with keys up to 64 and of 128 that a chip has the memory for; ``small``: NVIDIA's with 99 KB."""
+
+
+def longest_chunk(sizes: Sizes, arch: str) -> int:
+    """The longest chunk for which a chip has the shared memory (and tensor memory) that the kernels take; 0: for none.
+
+    Operands in float32 take twice the room.
+    """
+    if not sizes.hidden:
+        return 256
+    small = arch.startswith(("sm_86", "sm_89", "sm_12"))
+    narrow, wide = LONGEST["small" if small else table_arch(arch)]
+    if sizes.dtype == "fp32":
+        narrow, wide = 32 if small else 64, 0
+    return narrow if sizes.dim <= 64 else wide

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 from titans_graph.kernels import triton_aot
 from titans_graph.kernels.triton_aot import Budget
 from titans_graph.kernels.triton_config import ARCHS, Config, Sizes, importable, kernels
+from titans_graph.kernels.triton_table import longest_chunk
 
 pytestmark = pytest.mark.skipif(not importable(), reason="needs triton")
 
@@ -149,3 +151,19 @@ def test_sizes_are_said_in_words() -> None:
     assert triton_aot.words(Sizes(16, 128, dtype="fp32", read="before", bounded=True)) == "C16 128 fp32 before bounded"
     for target in ARCHS:
         assert len(triton_aot.all_sizes(target)) == len(set(triton_aot.all_sizes(target))) > 30
+
+
+@pytest.mark.parametrize(
+    ("arch", "narrow", "wide", "single"),
+    [("sm_80", 128, 128, 64), ("sm_90", 256, 128, 64), ("sm_103", 128, 64, 64), ("gfx942", 64, 64, 64), ("sm_89", 128, 32, 32)],
+)
+def test_the_longest_chunk_of_a_chip(arch: str, narrow: int, wide: int, single: int) -> None:
+    """What is compiled under ``make nightly`` is what is launched: never a chunk that a chip has no memory for."""
+    deep = Sizes(16, 64, 256, activation="silu")
+    assert longest_chunk(deep, arch) == narrow
+    assert longest_chunk(replace(deep, dim=128), arch) == wide
+    assert longest_chunk(replace(deep, dtype="fp32"), arch) == single
+    assert longest_chunk(replace(deep, dim=128, dtype="fp32"), arch) == 0
+    assert longest_chunk(Sizes(16, 256), arch) == 256
+    assert all(s.chunk <= longest_chunk(s, arch) for s in triton_aot.all_sizes(arch))
+    assert replace(deep, chunk=narrow) in triton_aot.all_sizes(arch)

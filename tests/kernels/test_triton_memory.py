@@ -16,7 +16,8 @@ from tests.kernels.test_memory_cases import STATE, Case, make
 from titans_graph.errors import UsageError
 from titans_graph.kernels import triton_memory
 from titans_graph.kernels.memory import _tell, choose, memory_scan
-from titans_graph.kernels.triton_config import available
+from titans_graph.kernels.networks import parse_network
+from titans_graph.kernels.triton_config import Availability, available
 from titans_graph.kernels.triton_memory import join, triton_op
 from titans_graph.spec import read_text
 
@@ -248,3 +249,19 @@ def test_double_precision_is_refused() -> None:
         SCAN(
             case.network, "l2", "after", 16, False, *state, *case.tokens.values(), case.valid, case.position, kernel="triton"
         )  # fmt: skip
+
+
+def test_a_chip_without_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk too long for a GPU's shared memory goes to the portable form instead of failing when it is launched."""
+    network = parse_network({"mlp": {"hidden": 256}}).text()
+    monkeypatch.setattr(triton_memory, "interpreted", lambda: False)
+    monkeypatch.setattr(triton_memory, "available", Availability)
+
+    def why(arch: str, chunk: int, dim: int = 64, operand: torch.dtype = torch.bfloat16) -> str:
+        monkeypatch.setattr(triton_memory, "current_arch", lambda: arch)
+        return triton_memory.refusal(network, "l2", "after", chunk, False, dim, operand)
+
+    assert why("sm_90", 256) == why("sm_80", 128) == why("gfx942", 64) == ""
+    assert why("sm_80", 256).endswith("in chunks of 256 and bf16 on sm_80, which has memory for chunks of 128")
+    assert why("sm_90", 256, 128).endswith("which has memory for chunks of 128")
+    assert why("sm_90", 16, 128, torch.float32).endswith("in chunks of 16 and fp32 on sm_90")
