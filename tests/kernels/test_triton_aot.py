@@ -119,7 +119,7 @@ def test_default_configurations_fit_every_target(tmp_path: Path, golden: Callabl
 def test_all_sizes_compile(tmp_path: Path, kernel: str, target: str) -> None:
     """Every shape and variant can be launched; that the largest of them spill is reported, not refused."""
     budgets = compile_all(tmp_path / "budgets.json", "--all", "--kernels", kernel, "--targets", target)
-    assert len(budgets) >= 5
+    assert budgets  # some kernels have one size alone
     assert not (problems := [f"{triton_aot.row(b)}: {p}" for b in budgets for p in b.problems()]), "\n".join(problems)
 
 
