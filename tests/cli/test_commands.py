@@ -194,7 +194,16 @@ def test_demo(tmp_path: Path, text: Path, replace: Replace, monkeypatch: pytest.
     arguments = ["demo", "--data", str(text), "--out", str(tmp_path / "demo"), "--minutes", "0.001"]
     assert main(arguments) == 0
     shown = capsys.readouterr().out
-    for part in ("bigram", "bzip2", "parameters", "loss.png", "README", "titans-graph show mac", "def read_file"):
+    for part in (
+        "bigram",
+        "bzip2",
+        "parameters",
+        "loss.png",
+        "README",
+        "titans-graph show mac --set dim=8",
+        "eval",
+        "def read_file",
+    ):
         assert part in shown
     assert main([*arguments, "--fresh"]) == 0
     assert (tmp_path / "demo" / "mac.1").is_dir()

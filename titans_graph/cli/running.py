@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,8 +50,14 @@ def run_train(options: argparse.Namespace) -> int:
         return 128 + result.signal
     if is_main_process():
         print(f"{out}: step {result.step}, {result.bits_per_byte:.4f} bits per byte of validation text")
-    print_note(f"next: titans-graph generate {out} --prompt 'import '\n      titans-graph eval {out}")
+    print_note(f"next: {_generate_line(out, data.opening())}\n      titans-graph eval {shlex.quote(str(out))}")
     return 0
+
+
+def _generate_line(run: Path, opening: str) -> str:
+    """A command that lets a run go on from words of its own text."""
+    prompt = f" --prompt {shlex.quote(opening + ' ')}" if opening else ""
+    return f"titans-graph generate {shlex.quote(str(run))}{prompt}"
 
 
 def run_generate(options: argparse.Namespace) -> int:
@@ -83,11 +90,13 @@ def run_eval(options: argparse.Namespace) -> int:
     from titans_graph.tasks import text
     from titans_graph.tasks.floors import floors
     from titans_graph.training.evaluate import bits_per_byte, restart_of
+    from titans_graph.training.folder import text_of
+    from titans_graph.training.loop import print_note
 
     model, checkpoint = _trained(options.checkpoint)
     config = TrainConfig.from_plain(checkpoint.value("config"))
-    data = text.load(options.data)
-    print(data.report, file=sys.stderr)
+    data = text_of(checkpoint, print_note) if options.data is None else text.load(options.data)
+    print_note(data.report)
     stretch = data.stretch(options.bytes)
     restart = restart_of(options.restart, config.length, bool(model.summary().grows))
     model.eval()
@@ -124,17 +133,22 @@ def run_demo(options: argparse.Namespace) -> int:
         return 128 + result.signal
     print(f"\n{demo.table(result, demo.CONFIG)}\n\nthe {result.rows[0].name} goes on after {demo.PROMPT!r}:\n")
     print(f"{demo.PROMPT}{result.sample}\n")
-    print(f"loss curves: {options.out / 'loss.png'}\n{_next_steps(options.out / result.rows[0].name)}")
+    print(f"loss curves: {options.out / 'loss.png'}\n{_next_steps(options.out / result.rows[0].name, data.opening())}")
     return 0
 
 
-def _next_steps(run: Path) -> str:
+def _next_steps(run: Path, opening: str) -> str:
+    from titans_graph.training import demo
+
+    name = run.name
+    sizes = " ".join(f"{key}={value}" for key, value in demo.MODELS[name].items())
     return (
         "where to look next\n"
         "  README.md                                      a tour of the project; docs/ has the rest\n"
-        "  titans-graph show mac                          the graph of the model you just trained\n"
-        "  titans-graph show mac --code                   the code it was compiled to\n"
-        f"  titans-graph generate {run} --prompt 'class '\n"
+        f"  titans-graph show {name} --set {sizes}\n"
+        f"      the graph of the {name} that was just trained; with --code, the PyTorch code that is made from it\n"
+        f"  {_generate_line(run, opening)}\n"
+        f"  titans-graph eval {shlex.quote(str(run))}\n"
         "  titans-graph train mac --data YOUR_TEXT --out runs/mine"
     )
 
@@ -188,7 +202,7 @@ def _add_generate(commands: Commands) -> None:
         commands,
         "generate",
         "continue a prompt with a trained model",
-        "generate runs/mac --prompt 'import ' --tokens 200",
+        "generate runs/mac --prompt 'The first' --tokens 200",
     )
     generate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder of a run, or of one of its checkpoints")
     generate.add_argument("--prompt", default="\n", metavar="TEXT", help="text to go on from (default: a newline)")
@@ -204,7 +218,13 @@ def _add_generate(commands: Commands) -> None:
 def _add_eval(commands: Commands) -> None:
     evaluate = command(commands, "eval", "measure a trained model in bits per byte, beside simple floors", "eval runs/mac")
     evaluate.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder of a run, or of one of its checkpoints")
-    evaluate.add_argument("--data", type=Path, metavar="PATH", help=DATA_HELP + "; its validation part is measured")
+    evaluate.add_argument(
+        "--data",
+        type=Path,
+        metavar="PATH",
+        help="a text file or a folder of text files, whose validation part is measured (default: the text that the run was "
+        "trained on)",
+    )
     evaluate.add_argument("--bytes", type=int, default=262144, metavar="N", help="validation bytes; 0: all (default: 262144)")
     evaluate.add_argument(
         "--restart",

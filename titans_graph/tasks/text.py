@@ -21,10 +21,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import struct
 import sysconfig
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,15 @@ VALIDATION_FRACTION = 0.05
 CAP_BYTES = 256 * 2**20
 """Most bytes taken from a folder: it is held in memory, and more than a small machine trains on in a day."""
 
+STANDARD = "Python standard library"
+"""The name of the text that is taken where none is given."""
+
 SMALLEST = 40
 """Fewest bytes that are split: both parts then have at least two."""
+
+_OPENING = 4096
+"""Bytes in which the first words are looked for."""
+_WORDS = re.compile(r"\b[^\W\d_]{1,40}(?: [^\W\d_]{1,40})?\b")
 
 SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"})
 """Folders of the standard library that are not its own sources."""
@@ -50,13 +58,15 @@ SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages", "t
 class Text:
     """Text as bytes, split in two. ``train`` and ``validation`` are uint8 ``[n]`` on the CPU.
 
-    ``name`` says where it comes from; ``report`` is one sentence on what was taken and what was left out.
+    ``name`` says where it comes from; ``report`` is one sentence on what was taken and what was left out; ``path`` is the
+    absolute path of its file or folder, None for the standard library's and for a text made by a program.
     """
 
     name: str
     train: Tensor
     validation: Tensor
     report: str
+    path: str | None = None
 
     @cached_property
     def identity(self) -> str:
@@ -82,6 +92,12 @@ class Text:
         windows = [self.train[s : s + length + 1] for s in (window_start(seed, step, row, starts) for row in rows)]
         return torch.stack(windows).long()
 
+    def opening(self) -> str:
+        """The first words of the training part, at most two: a prompt that suits the text. Empty where it has no words."""
+        start = self.train[:_OPENING].numpy().tobytes().decode("utf-8", "ignore")
+        found = _WORDS.search(start)
+        return found[0] if found else ""
+
     def stretch(self, size: int) -> Tensor:
         """The fixed validation stretch: the first ``size`` bytes of the validation part, uint8 (all of it for 0)."""
         return self.validation[:size] if size else self.validation
@@ -100,14 +116,14 @@ def load(source: str | os.PathLike[str] | None = None, *, cap: int = CAP_BYTES) 
     path = Path(source)
     try:
         if path.is_dir():
-            return _from_folder(str(path), path, _files(path), cap)
+            return replace(_from_folder(str(path), path, _files(path), cap), path=_absolute(path))
         if path.is_file():
             return _from_file(path)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
     if path.exists():
         raise DataError(f"{path}: neither a file nor a folder\n  help: give a text file or a folder of text files")
-    raise DataError(f"{path}: no such file or folder\n  help: leave --data out to use the Python standard library's sources")
+    raise DataError(f"{path}: no such file or folder\n  help: give a text file or a folder of text files")
 
 
 def standard_library(*, cap: int = CAP_BYTES) -> Text:
@@ -116,7 +132,7 @@ def standard_library(*, cap: int = CAP_BYTES) -> Text:
     files = [f for f in _files(root, SKIPPED_FOLDERS) if f.suffix == ".py"]
     if not files:
         raise DataError(f"{root}: this Python ships no standard library sources\n  help: give a file or folder as data")
-    return _from_folder("Python standard library", root, files, cap)
+    return _from_folder(STANDARD, root, files, cap)
 
 
 def split(documents: Sequence[tuple[str, bytes]], fraction: float = VALIDATION_FRACTION) -> tuple[list[int], list[int]]:
@@ -149,7 +165,11 @@ def _from_file(path: Path) -> Text:
     whole = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
     cut = _cut(size)
     report = f"{path}: {size:,} bytes; the first {cut:,} train, the last {size - cut:,} validation"
-    return Text(str(path), whole[:cut], whole[cut:], report)
+    return Text(str(path), whole[:cut], whole[cut:], report, _absolute(path))
+
+
+def _absolute(path: Path) -> str:
+    return os.path.abspath(path)
 
 
 def _from_folder(name: str, root: Path, files: Iterable[Path], cap: int) -> Text:

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from titans_graph.errors import CheckpointError
+from titans_graph.errors import CheckpointError, DataError
+from titans_graph.tasks import text as tasks
 from titans_graph.tasks.text import Text
 from titans_graph.training import atomic, checkpoint, logs, reading
 from titans_graph.training.config import TrainConfig
@@ -22,7 +23,7 @@ _COMPARED = 4000
 
 def identity(model: LanguageModel, text: Text, config: TrainConfig) -> dict[str, Any]:
     """All that decides which weights a run ends with, ready for JSON."""
-    data = {"name": text.name, "identity": text.identity, "bytes": len(text.train)}
+    data = {"name": text.name, "identity": text.identity, "bytes": len(text.train), "path": text.path}
     return {"fingerprint": model.fingerprint, "spec": model.spec, "data": data, "config": config.identity()}
 
 
@@ -53,6 +54,43 @@ def claim(run: Path, wanted: dict[str, Any], note: checkpoint.Note) -> None:
         wrong = wrong or ("disagrees with the checkpoints" if found else "is missing")
         note(f"note: {run / FILE} {wrong}; written anew from {newest.path.name}")
     atomic.write_file(run / FILE, json.dumps(wanted, indent=1).encode())
+
+
+def text_of(found: checkpoint.Checkpoint, note: checkpoint.Note) -> Text:
+    """The text that a checkpoint's run was trained on, read again from where it was; a note where it has changed since.
+
+    DataError where it is gone or cannot be read, or where the run did not note a path.
+    """
+    identity = found.progress.get("identity")
+    noted = identity.get("data") if isinstance(identity, dict) else None
+    data = noted if isinstance(noted, dict) else {}
+    path, name = _place(data)
+    try:
+        if path is None and name != tasks.STANDARD:
+            raise DataError(f"{name or 'its text'}: the run did not note where that is")
+        text = tasks.load(path)
+    except DataError as error:
+        reason = reading.shown(str(error).partition("\n")[0], 500)
+        raise DataError(
+            f"{found.path}: the text that this run was trained on cannot be read again: {reason}\n"
+            "  help: say with --data where it is now, or which other text to take"
+        ) from error
+    if text.identity != data.get("identity"):
+        note(
+            f"note: {reading.shown(path or name, 500)} has changed since this run was trained on it; "
+            "what is its validation part now may have been trained on"
+        )
+    return text
+
+
+def _place(data: dict[str, Any]) -> tuple[str | None, str]:
+    """Where a run's text was (None: nowhere, or the standard library), and its name; anybody may have written ``data``."""
+    path, name = data.get("path"), data.get("name")
+    name = name if isinstance(name, str) else ""
+    path = path if isinstance(path, str) else None
+    if "path" not in data and name != tasks.STANDARD:
+        path = name or None  # a run of an earlier version noted the path as it was given, and nothing else
+    return path, reading.shown(name)
 
 
 def loss(run: Path, found: checkpoint.Checkpoint | None) -> list[str]:
