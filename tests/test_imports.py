@@ -35,6 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("lowering",),
     ("runtime",),
     ("training", "tasks", "viz", "hf", "testing", "bench"),
+    ("loading",),
     ("cli", "__main__"),
 )
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}

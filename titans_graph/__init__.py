@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from titans_graph.kernels.memory_objectives import register_objective
     from titans_graph.kernels.memory_packed import neural_memory_packed
     from titans_graph.kernels.networks import NetworkBuilder
-    from titans_graph.runtime import Compiled, Model, State, build, check, compilation, graph, load
+    from titans_graph.loading import load
+    from titans_graph.runtime import Compiled, Model, State, build, check, compilation, graph
     from titans_graph.runtime.health import doctor
 
 _PUBLIC = {
@@ -47,7 +48,7 @@ _PUBLIC = {
     "doctor": "runtime.health",
     "fast_weights": "kernels.memory_function",
     "graph": "runtime",
-    "load": "runtime",
+    "load": "loading",
     "neural_memory": "kernels.memory_function",
     "neural_memory_packed": "kernels.memory_packed",
     "parse": "ir.text",
