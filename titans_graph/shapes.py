@@ -98,6 +98,10 @@ def fixed(length: int, dim: int, name: str = "x") -> Value:
     return Value((Piece(name, length),), dim)
 
 
+UNKNOWN = Value((), None)
+"""Stands for the type of a block's input whose declaration has a mistake, which is reported: nothing is said of it."""
+
+
 @dataclass(frozen=True)
 class Dependence:
     """How one output port depends in time on one input port.

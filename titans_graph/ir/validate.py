@@ -34,6 +34,7 @@ from titans_graph.ir.signature import SUGAR, Signature
 from titans_graph.ir.signature import of as signature_of
 from titans_graph.ir.values import UNRESOLVED, has_unresolved, plain_problem
 from titans_graph.registry import parse_parameters
+from titans_graph.shapes import UNKNOWN
 
 
 @dataclass
@@ -162,7 +163,7 @@ class _BlockCheck:
     def run(self, silent: frozenset[tuple[str, str]]) -> None:
         """All checks of the block."""
         self.check_names()
-        self.check_inputs()
+        self.check_inputs((self.name, "") in silent)
         for node in self.block.nodes:
             known = self.check_use(node, (self.name, node.name) in silent)
             self.check_parameters(node, known)
@@ -189,15 +190,25 @@ class _BlockCheck:
                 help = "'use', 'in' and 'repeat' are keys of a node"
                 self.report(WrongType, f"an input cannot be called {name!r}", self.block.place(name), "", help)
 
-    def check_inputs(self) -> None:
-        """Inputs are single pieces of positive size; the segment is a positive number or absent."""
+    def check_inputs(self, silent: bool) -> None:
+        """Inputs are single pieces of positive size; the segment is a positive number or absent.
+
+        ``silent``: an input may be of a type that is UNKNOWN, because its mistake is reported.
+        """
         if not self.block.inputs and not self.blind:
             self.report(MissingInput, "the block has no input", self.block.span, "", "declare one: {x: [B, T, dim]}")
         for name, value in self.block.inputs.items():
-            sizes = [n for n in (value.dim, *(p.length for p in value.pieces)) if n is not None]
-            if len(value.pieces) != 1 or not all(type(n) is int and 1 <= n <= _LARGEST for n in sizes):
+            if silent and value == UNKNOWN:
+                continue
+            sizes: list[Any] = [n for n in (value.dim, *(p.length for p in value.pieces)) if n is not None]
+            wrong = [n for n in sizes if not (type(n) is int and 1 <= n <= _LARGEST)]
+            if len(value.pieces) != 1:
                 message = f"input {name!r} cannot have the type {value.text()}"
                 help = "write [B, T] for tokens, [B, T, dim] for features, [n, dim] for n elements beside time"
+                self.report(WrongType, message, self.block.place(name), "", help)
+            elif wrong:
+                message = f"input {name!r} cannot have the size {wrong[0]!r:.60}"
+                help = f"a size is a whole number from 1 to {_LARGEST}"
                 self.report(WrongType, message, self.block.place(name), "", help)
         segment: Any = self.block.segment
         if segment is not None and not (type(segment) is int and 1 <= segment <= _LARGEST):

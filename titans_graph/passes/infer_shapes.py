@@ -12,12 +12,12 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
-from titans_graph.errors import Diagnostic, ShapeMismatch
+from titans_graph.errors import Diagnostic, MissingInput, ShapeMismatch
 from titans_graph.ir import Ref
 from titans_graph.passes.base import Pass
 from titans_graph.passes.compilation import Binding, Compilation, FlatNode
 from titans_graph.registry import Port, Site, SiteError, parse_parameters
-from titans_graph.shapes import Value
+from titans_graph.shapes import UNKNOWN, Value
 
 ACCEPTS = {
     "stream": ("a stream [B, T, dim]", Value.is_stream),
@@ -62,7 +62,7 @@ class _Inference:
 
     def __init__(self, c: Compilation) -> None:
         self.c = c
-        self.types: dict[Ref, Value] = {Ref(name): value for name, value in c.inputs.items()}
+        self.types: dict[Ref, Value] = {Ref(name): value for name, value in c.inputs.items() if value != UNKNOWN}
         self.sites: dict[str, Site] = {}
         self.parameters: dict[str, Any] = {}
         self.found: list[Diagnostic] = []
@@ -148,7 +148,7 @@ class _Inference:
         path = instance.split(".") if instance and value is not None else []
         for end in range(2, len(path) + 1, 2):  # a block instance adds its node's name and the number of the copy
             declared = self.borders.get((ref, ".".join(path[:end])))
-            if value is not None and declared is not None and not _fits(value, declared):
+            if value is not None and declared is not None and declared != UNKNOWN and not _fits(value, declared):
                 value = declared
         return value
 
@@ -162,19 +162,41 @@ class _Inference:
                 continue
             site = self._site(node, used, partial=False)
             if site is None:
+                self.found += self._refused_early(node, used)
                 continue
-            bad = self._bad_ports(node, site)
-            if bad:
-                self.found += bad
-                continue
-            try:
-                node.component.infer(site)
-                node.component.periods(site)
-            except SiteError as error:
-                self.found.append(self._refusal(node, site, error))
-                continue
-            self.sites[node.name] = site
+            refused = self._refused(node, site)
+            self.found += refused
+            if not refused:
+                self.sites[node.name] = site
         return self.found
+
+    def _refused(self, node: FlatNode, site: Site) -> list[Diagnostic]:
+        """What a node says against a site, or the sites of its ports; nothing where it takes it."""
+        bad = self._bad_ports(node, site)
+        if bad:
+            return bad
+        try:
+            node.component.infer(site)
+            node.component.periods(site)
+        except SiteError as error:
+            unsized = site.dim is None and self._first_input(node) == UNKNOWN
+            return [] if unsized else [self._refusal(node, site, error)]
+        return []
+
+    def _first_input(self, node: FlatNode) -> Value | None:
+        """What the node's block declares for its first input."""
+        block = self.c.graph.blocks.get(node.block, self.c.graph.main) if node.instance else self.c.graph.main
+        return next(iter(block.inputs.values()), None)
+
+    def _refused_early(self, node: FlatNode, used: dict[str, frozenset[str]]) -> list[Diagnostic]:
+        """What a node on a feedback path refuses of the inputs that are known.
+
+        Its own outputs stay unknown for that, and so do the inputs that come back from them: without this the loop would
+        look like one without delay. An input that is not known yet is not one that is missing.
+        """
+        site = self._site(node, used, partial=True) if node.component.partial else None
+        found = self._refused(node, site) if site is not None and site.inputs else []
+        return [d for d in found if not isinstance(d, MissingInput)]
 
     def _borders(self) -> list[Diagnostic]:
         """What a model reads and gives: one input with time, outputs of one piece with time."""
@@ -184,7 +206,7 @@ class _Inference:
             help = "join the streams outside, or give the model one input"
             found.append(ShapeMismatch(f"a model has one input, {name!r} is another", main.place(name), name, help))
         for name, value in self.c.inputs.items():
-            if not value.timed:
+            if not value.timed and value != UNKNOWN:
                 found.append(ShapeMismatch(f"input {name!r} {value.text()} has no time axis", main.place(name), name))
         for name, ref in self.c.outputs.items():
             given = self.types.get(ref)
@@ -197,7 +219,7 @@ class _Inference:
     def _misfit(self, binding: Binding) -> Diagnostic | None:
         outside = binding.instance.rsplit(".", 2)[0] if binding.instance.count(".") > 1 else ""
         actual, declared = self._type(binding.actual, outside), binding.declared
-        if actual is None or _fits(actual, declared):
+        if actual is None or declared == UNKNOWN or _fits(actual, declared):
             return None
         source = self.c.nodes.get(binding.actual.node)
         origin = f"{source.declared!r}" if source is not None else f"graph input {binding.actual.node!r}"

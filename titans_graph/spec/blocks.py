@@ -19,7 +19,7 @@ from titans_graph.ir.nesting import back_edges
 from titans_graph.ir.signature import Signature
 from titans_graph.ir.values import UNRESOLVED
 from titans_graph.registry import Port
-from titans_graph.shapes import Value, ids
+from titans_graph.shapes import UNKNOWN, Value
 from titans_graph.spec.nodes import NodeReader
 from titans_graph.spec.scope import Scope, TooMuch, axis_names, below, mentioned
 from titans_graph.spec.shape import shape
@@ -165,7 +165,7 @@ class Blocks:
             value = shape(self.scope, key, written, entry.value.span, values)
             if value is None:
                 self.silent.add((name, ""))
-            found[key] = value or ids(key)
+            found[key] = value or UNKNOWN
         return found
 
     def segment(self, table: Table, values: Mapping[str, Any], spans: dict[str, Span]) -> int | None:
