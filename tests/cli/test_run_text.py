@@ -128,3 +128,43 @@ def test_a_run_of_before_paths_were_noted_is_looked_for_by_its_name(tmp_path: Pa
 def test_the_opening_is_the_first_words(content: bytes, words: str) -> None:
     train = torch.tensor(list(content), dtype=torch.uint8)
     assert tasks.Text("x", train, train, "").opening() == words
+
+
+def test_a_run_starts_from_another_ones_weights(run: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "dog.txt").write_bytes(SENTENCE[::-1] * 40)
+    more = ["--data", "dog.txt", "--init", "my run", "--out", "tuned", *SIZES]
+    capsys.readouterr()
+    assert main(["train", *more]) == 0
+    said = capsys.readouterr().err
+    assert "the first weights are those of my run/checkpoints/step-00000002" in said
+    assert main(["train", "small", *more]) == 0
+    assert "going on from step 2 of 2" in capsys.readouterr().err
+    assert main(["train", "small", "--set", "dim=10", *more, "--fresh"]) == 1
+    assert "of another graph than 'small'" in capsys.readouterr().err
+    assert not (tmp_path / "tuned.1").exists()
+    assert main(["train", *more, "--fresh"]) == 0
+    assert (tmp_path / "tuned.1").is_dir()
+
+
+def test_a_run_starts_again_from_its_own_weights(run: Path, tmp_path: Path, capsys: Capture) -> None:
+    command = ["train", "--data", "fox.txt", "--init", "my run", "--out", "my run", *SIZES]
+    assert main(command) == 1
+    assert "the first weights: drawn at random there, step 2" in capsys.readouterr().err
+    assert main([*command, "--fresh"]) == 0
+    assert main(command) == 0
+    assert "going on from step 2 of 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name a SPEC, or with --init the run whose graph it is"),
+        (["--set", "dim=4", "--init", "my run", "--out", "x"], "--set goes with a SPEC"),
+        (["--init", "my run"], "say with --out"),
+        (["small", "--init", "nowhere", "--out", "x"], "no checkpoint here"),
+    ],
+)
+def test_starts_that_cannot_be(arguments: list[str], message: str, run: Path, capsys: Capture) -> None:
+    assert main(["train", *arguments]) in (1, 2)
+    assert message in capsys.readouterr().err
+    assert not Path("x").exists()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from titans_graph.cli.options import Commands, add_spec, command, settings
+from titans_graph.errors import UsageError
 from titans_graph.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -30,21 +32,20 @@ def run_train(options: argparse.Namespace) -> int:
     """Train, or go on training."""
     import torch
 
-    from titans_graph import runtime
     from titans_graph.tasks import text
     from titans_graph.training.folder import set_aside
     from titans_graph.training.loop import is_main_process, print_note, train
 
     config = TrainConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(TrainConfig)})
     torch.manual_seed(config.seed)
-    model = runtime.load(options.spec, **settings(options.set))
+    model, init = _first_model(options)
     data = text.load(options.data)
     print_note(data.report)
     out = options.out or Path("runs") / model.name
     if options.fresh and is_main_process() and (aside := set_aside(out)):
         print_note(f"the earlier run is now {aside}")
     print_note(f"{model.name}: {model.summary().parameters:,} parameters; writing to {out}")
-    result = train(model, data, config, out)
+    result = train(model, data, config, out, init=init)
     if result.signal:
         print_note(f"stopped after step {result.step} of {result.steps}; the same command goes on from there")
         return 128 + result.signal
@@ -52,6 +53,24 @@ def run_train(options: argparse.Namespace) -> int:
         print(f"{out}: step {result.step}, {result.bits_per_byte:.4f} bits per byte of validation text")
     print_note(f"next: {_generate_line(out, data.opening())}\n      titans-graph eval {shlex.quote(str(out))}")
     return 0
+
+
+def _first_model(options: argparse.Namespace) -> tuple[Any, dict[str, Any] | None]:
+    """The model to train, with random weights or those of ``--init``, and what the run notes of the latter."""
+    from titans_graph import runtime
+    from titans_graph.training.loop import print_note
+    from titans_graph.training.start import first_weights
+
+    values = settings(options.set)
+    if options.spec is None and (values or options.init is None):
+        raise UsageError("--set goes with a SPEC" if values else "name a SPEC, or with --init the run whose graph it is")
+    model = None if options.spec is None else runtime.load(options.spec, **values)
+    if options.init is None:
+        return model, None
+    if options.out is None:
+        raise UsageError("--init starts a new run: say with --out where that is")
+    out = Path(os.devnull) if options.fresh else options.out
+    return first_weights(options.init, out, model, runtime.load, print_note)
 
 
 def _generate_line(run: Path, opening: str) -> str:
@@ -174,12 +193,20 @@ def _add_train(commands: Commands) -> None:
         "train",
         "train a spec on text, byte by byte",
         "train mac --set dim=128 layers=2 --data my-texts/ --out runs/mac --steps 2000\n"
+        "  titans-graph train --init runs/mac --data letters.txt --out runs/letters --learning-rate 3e-4\n"
         "  torchrun --nproc-per-node 2 -m titans_graph.cli train mac --out runs/mac",
         "A run in the same folder with the same settings goes on where it stopped.",
     )
-    add_spec(train)
+    add_spec(train, needed=False)
     train.add_argument("--data", type=Path, metavar="PATH", help=DATA_HELP)
     train.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/NAME)")
+    train.add_argument(
+        "--init",
+        type=Path,
+        metavar="RUN",
+        help="start from the weights of another run, or of one of its checkpoints, instead of random ones; SPEC may then be "
+        "left out, or must be the same graph",
+    )
     train.add_argument("--fresh", action="store_true", help="set an earlier run in that folder aside and start anew")
     for field in dataclasses.fields(TrainConfig):
         _add_setting(train, field)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -21,10 +22,25 @@ _COMPARED = 4000
 """Lines of two specs that are compared."""
 
 
-def identity(model: LanguageModel, text: Text, config: TrainConfig) -> dict[str, Any]:
-    """All that decides which weights a run ends with, ready for JSON."""
+def identity(model: LanguageModel, text: Text, config: TrainConfig, init: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """All that decides which weights a run ends with, ready for JSON; ``init``: of :mod:`titans_graph.training.start`."""
     data = {"name": text.name, "identity": text.identity, "bytes": len(text.train), "path": text.path}
-    return {"fingerprint": model.fingerprint, "spec": model.spec, "data": data, "config": config.identity()}
+    found = {"fingerprint": model.fingerprint, "spec": model.spec, "data": data, "config": config.identity()}
+    return found if init is None else {**found, "init": dict(init)}
+
+
+def first_weights(found: checkpoint.Checkpoint | None) -> dict[str, Any] | None:
+    """What a run noted of the checkpoint that its first weights came from: ``path``, ``step``, ``sha256``; None without."""
+    return _first(found.progress.get("identity")) if found else None
+
+
+def _first(identity: Any) -> dict[str, Any] | None:
+    noted = identity.get("init") if isinstance(identity, dict) else None
+    if not isinstance(noted, dict):
+        return None
+    path, step, sha256 = (noted.get(key) for key in ("path", "step", "sha256"))
+    whole = isinstance(path, str) and type(step) is int and abs(step) < 1 << 53 and isinstance(sha256, str)
+    return {"path": path, "step": step, "sha256": sha256} if whole else {"path": "", "step": 0, "sha256": ""}
 
 
 def claim(run: Path, wanted: dict[str, Any], note: checkpoint.Note) -> None:
@@ -38,13 +54,11 @@ def claim(run: Path, wanted: dict[str, Any], note: checkpoint.Note) -> None:
         return
     newest = checkpoint.newest(run, lambda text: None)
     again = newest.progress.get("identity") if newest else None
-    lines = differences(again, wanted) if _whole(again) else lines
-    if lines:
-        raise CheckpointError(
-            f"{run}: holds another run; it differs in\n    "
-            + "\n    ".join(lines)
-            + "\n  help: choose another --out, give the settings of that run, or pass --fresh to set that run aside"
-        )
+    if _whole(again):
+        found, lines = again, differences(again, wanted)
+    if found and lines:
+        mend = _mend(run, found, wanted)
+        raise CheckpointError(f"{run}: holds another run; it differs in\n    " + "\n    ".join(lines) + f"\n  help: {mend}")
     if (newest or wrong) and not _whole(again):
         raise CheckpointError(
             f"{run / FILE}: {wrong or 'is missing, but there are checkpoints'}; it cannot be told which run this is\n"
@@ -54,6 +68,19 @@ def claim(run: Path, wanted: dict[str, Any], note: checkpoint.Note) -> None:
         wrong = wrong or ("disagrees with the checkpoints" if found else "is missing")
         note(f"note: {run / FILE} {wrong}; written anew from {newest.path.name}")
     atomic.write_file(run / FILE, json.dumps(wanted, indent=1).encode())
+
+
+def _mend(run: Path, found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """What to do about a run that is another one; where it is of the same graph, its weights can be trained further."""
+    further = f"--init {run} with another --out"
+    same = {**wanted, "config": {**wanted["config"], "steps": found["config"].get("steps")}}
+    if not differences(found, same):
+        return (
+            "the learning rate of every step depends on --steps, so a run keeps its number; to train its weights further, "
+            f"start a new run from them: {further}"
+        )
+    mend = "choose another --out, give the settings of that run, or pass --fresh to set that run aside"
+    return f"{mend}; to train its weights further: {further}" if found["fingerprint"] == wanted["fingerprint"] else mend
 
 
 def text_of(found: checkpoint.Checkpoint, note: checkpoint.Note) -> Text:
@@ -138,19 +165,31 @@ def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """One line for each thing that differs between two identities; empty where they agree."""
     lines: list[str] = []
     if found["fingerprint"] != wanted["fingerprint"]:
-        shown = _changes(found["spec"].splitlines(), wanted["spec"].splitlines())
-        lines += ["the spec (- there, + here):", *(f"  {line}" for line in shown[:12])]
-        lines += [f"  and {len(shown) - 12} more lines"] if len(shown) > 12 else []
+        lines += spec_changes(found["spec"], wanted["spec"])
     there, here = found["data"], wanted["data"]
     if there.get("identity") != here["identity"]:
         lines.append(
             f"the text: {there.get('name')!r:.200} with {there.get('bytes'):,} training bytes there, "
             f"{here['name']!r} with {here['bytes']:,} here"
         )
+    first, own = _first(found), _first(wanted)
+    if (first and first["sha256"]) != (own and own["sha256"]):
+        lines.append(f"the first weights: {_said(first)} there, {_said(own)} here")
     old, new = found["config"], wanted["config"]
     other = [key for key in new | old if old.get(key) != new.get(key)]
     lines += [f"{reading.shown(key, 60)}: {old.get(key)!r:.60} there, {new.get(key)!r:.60} here" for key in other[:_SETTINGS]]
     return lines + [f"and {len(other) - _SETTINGS} more settings"] * (len(other) > _SETTINGS)
+
+
+def _said(init: dict[str, Any] | None) -> str:
+    return f"step {init['step']} of {reading.shown(str(init['path']))}" if init else "drawn at random"
+
+
+def spec_changes(there: str, here: str) -> list[str]:
+    """Some of the lines in which two specs differ, under a heading."""
+    shown = _changes(there.splitlines(), here.splitlines())
+    lines = ["the spec (- there, + here):", *(f"  {line}" for line in shown[:12])]
+    return lines + ([f"  and {len(shown) - 12} more lines"] if len(shown) > 12 else [])
 
 
 def _changes(there: list[str], here: list[str]) -> list[str]:

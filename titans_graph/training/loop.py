@@ -15,7 +15,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -69,11 +69,13 @@ def train(
     config: TrainConfig,
     out: str | Path,
     *,
+    init: Mapping[str, Any] | None = None,
     note: Callable[[str], None] = print_note,
     progress: bool = True,
 ) -> TrainResult:
     """Train ``model`` in place until ``config.steps``, going on from the newest checkpoint in ``out`` if there is one.
 
+    ``init`` is what :func:`titans_graph.training.start.first_weights` said where the weights of ``model`` are not random.
     On return (also after Ctrl-C, see :class:`TrainResult`) the last step is in a checkpoint. Errors: CheckpointError
     (the folder is locked, belongs to another run, or cannot be written), DataError, UsageError, NonFiniteError.
     """
@@ -82,7 +84,7 @@ def train(
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(atomic.locked(out))
-        identity = folder.identity(model, text, config)
+        identity = folder.identity(model, text, config, init)
         if accelerator.is_main_process:
             folder.claim(out, identity, note)
             atomic.sweep(out)
@@ -253,6 +255,7 @@ class _Run:
             seed=self.config.seed,
             config=self.config.plain(),
             data=self.text.report,
+            init=self.identity.get("init"),
             eval_restart_used=self.restart,
             processes=self.accelerator.num_processes,
             precision=self.accelerator.mixed_precision,
