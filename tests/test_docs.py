@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from titans_graph import errors
+from titans_graph import errors, registry
 from titans_graph.cli import main
 from titans_graph.registry import TABLE, lookup, parameter_types
 
@@ -66,8 +66,10 @@ def run_python(name: str, marks: tuple[str, ...]) -> int:
 def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(registry, "_REGISTERED", {})
     write_files(text_of(name), tmp_path)
     run_python(name, ("", "file"))
+    registry.lookup.cache_clear()
 
 
 @pytest.mark.nightly

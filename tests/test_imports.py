@@ -1,6 +1,6 @@
 """The import order of the house, checked on the source: a module imports only from its left.
 
-    errors -> shapes -> registry -> ir -> spec -> builder -> passes -> lowering -> runtime
+    errors -> shapes -> parameters -> registry -> ir -> spec -> builder -> passes -> lowering -> runtime
         -> { training, tasks, viz, hf, testing } -> cli
     kernels: torch, triton, errors           components: registry, shapes, errors, kernels, torch; never each other
 
@@ -27,6 +27,7 @@ PACKAGE = "titans_graph"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("shapes",),
+    ("parameters",),
     ("registry",),
     ("ir",),
     ("spec",),

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from titans_graph.kernels.memory_packed import neural_memory_packed
     from titans_graph.kernels.networks import NetworkBuilder
     from titans_graph.loading import load
+    from titans_graph.registry import register
     from titans_graph.runtime import Compiled, Model, State, build, check, compilation, graph
     from titans_graph.runtime.health import doctor
 
@@ -52,6 +53,7 @@ _PUBLIC = {
     "neural_memory": "kernels.memory_function",
     "neural_memory_packed": "kernels.memory_packed",
     "parse": "ir.text",
+    "register": "registry",
     "register_objective": "kernels.memory_objectives",
 }
 
@@ -78,6 +80,7 @@ __all__ = [
     "neural_memory",
     "neural_memory_packed",
     "parse",
+    "register",
     "register_objective",
 ]
 

@@ -36,6 +36,10 @@ class UsageError(TitansGraphError):
     """A public function was called in a way that cannot work; the message says which way does."""
 
 
+class PluginError(TitansGraphError):
+    """A component of another installed project cannot be imported, or is none."""
+
+
 @dataclass(frozen=True)
 class Span:
     """A place in a source text: 1-based ``line`` and ``column``, the ``width`` of the caret, and the line itself."""

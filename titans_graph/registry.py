@@ -1,8 +1,8 @@
 """The registry: which components exist, what their ports and parameters are, and the contract they fulfil.
 
-Stands after :mod:`titans_graph.shapes`; imports no torch. A component's own file is imported when it is first looked up.
+Stands after :mod:`titans_graph.parameters`; imports no torch. A component's own file is imported when it is first looked up.
 Others' packages add components through the entry-point group ``titans_graph.components`` (name = component id, value =
-``module:Class``).
+``module:Class``), a program or notebook through :func:`register`.
 """
 
 from __future__ import annotations
@@ -10,22 +10,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import types
-import typing
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from importlib.metadata import entry_points
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from titans_graph.errors import (
-    Diagnostic,
-    ShapeMismatch,
-    TitansGraphError,
-    UnknownParameter,
-    UsageError,
-    WrongType,
-    suggest,
-)
+from titans_graph.errors import PluginError, UsageError, shortened, suggest
+from titans_graph.parameters import ParameterProblem, SiteError, parameter, parameter_types, parse_parameters
 from titans_graph.shapes import Dependence, Stage, Value
 
 if TYPE_CHECKING:
@@ -54,6 +46,8 @@ TABLE: dict[str, str] = {
 }
 
 ENTRY_POINTS = "titans_graph.components"
+_NAME = re.compile(r"[a-z]\w*(\.\w+)*", re.ASCII)
+_TAKEN = ("use", "in", "repeat")
 
 
 @dataclass(frozen=True)
@@ -69,17 +63,6 @@ class Port:
     accepts: str = "stream"
     required: bool = True
     many: bool = False
-
-
-class SiteError(TitansGraphError):
-    """A component refuses its site. ``key`` names the port or parameter at fault, so that the error gets its place."""
-
-    def __init__(self, message: str, *, kind: type[Diagnostic] = ShapeMismatch, key: str = "", help: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.kind = kind
-        self.key = key
-        self.help = help
 
 
 @dataclass(frozen=True)
@@ -192,144 +175,138 @@ class Component:
         """Begin, beside the compilation of the model, to build what this component compiles for itself; most nothing."""
 
 
-def parameter(
-    default: Any = dataclasses.MISSING,
-    *,
-    doc: str,
-    reason: str = "",
-    choices: tuple[Any, ...] = (),
-    minimum: float | None = None,
-    maximum: float | None = None,
-) -> Any:
-    """A field of a component's ``Parameters``: what it means, why the default is what it is, and which values are legal."""
-    metadata = {"doc": doc, "reason": reason, "choices": choices, "minimum": minimum, "maximum": maximum}
-    if default is dataclasses.MISSING:
-        return field(metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-@dataclass(frozen=True)
-class ParameterProblem:
-    """One mistake in a component's parameters: the diagnostic class, the key at fault, what is wrong, how to mend it."""
-
-    kind: type[Diagnostic]
-    key: str
-    message: str
-    help: str = ""
-
-
 @functools.cache
-def _plugins() -> dict[str, str]:
-    return {e.name: e.value for e in entry_points(group=ENTRY_POINTS)}
+def _plugins() -> dict[str, EntryPoint]:
+    return {e.name: e for e in entry_points(group=ENTRY_POINTS)}
+
+
+_REGISTERED: dict[str, type[Component]] = {}
+
+
+def register(name: str, component: type[Component], *, replace: bool = False) -> type[Component]:
+    """Make a component of one's own known in this process under an id such as ``"mine.ema"``; returns the class.
+
+    component: a class under :class:`Component` and ``torch.nn.Module``, as CONTRIBUTING.md describes them. From then on it
+    is used like the built-in ones, in specs and in :class:`titans_graph.Builder`. The same id may be registered again
+    by a class of the same module and name (a notebook cell that runs twice), by another one with ``replace``; models
+    that were built before keep theirs. Other processes do not know it: register it where a module is imported that they
+    import too, or package it with an entry point in the group ``titans_graph.components``.
+
+    Raises :class:`titans_graph.errors.UsageError` where the id is no word, is a built-in or installed component's, or is
+    taken by another class, and where the class lacks something of the contract.
+    """
+    _check_id(name)
+    lacking = _lacking(component)
+    if lacking:
+        raise UsageError(f"component {name!r}: {lacking}")
+    known_as = _REGISTERED.get(name, component)
+    same = (known_as.__module__, known_as.__qualname__) == (component.__module__, component.__qualname__)
+    if not same and not replace:
+        other = f"{known_as.__module__}.{known_as.__qualname__}"
+        raise UsageError(f"component {name!r} is registered as {other}; choose another id, or give replace=True")
+    _REGISTERED[name] = component
+    lookup.cache_clear()
+    return component
+
+
+def _check_id(name: Any) -> None:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise UsageError(f"{name!r:.100} is no id for a component; write words joined by dots, such as 'mine.ema'")
+    if name in TABLE or name in _plugins():
+        where = "a built-in component" if name in TABLE else _origin(_plugins()[name])
+        raise UsageError(f"component {name!r} is {where}; choose another id, such as 'mine.{name.rpartition('.')[2]}'")
 
 
 def names() -> list[str]:
     """The ids of all known components, own and others', sorted."""
-    return sorted({**_plugins(), **TABLE})
+    return sorted({*_plugins(), *_REGISTERED, *TABLE})
 
 
 def known(name: str) -> bool:
     """Whether a component of that id exists; imports nothing."""
-    return name in TABLE or name in _plugins()
+    return name in TABLE or name in _REGISTERED or name in _plugins()
 
 
 @functools.cache
 def lookup(name: str) -> type[Component]:
-    """The component class of an id. Imports its file; a UsageError where the id is unknown or is no component."""
-    target = TABLE.get(name) or _plugins().get(name)
-    if target is None:
+    """The component class of an id; imports its file.
+
+    UsageError where the id is unknown, :class:`titans_graph.errors.PluginError` where another project's component cannot be
+    imported or is none.
+    """
+    if name in _REGISTERED and name not in TABLE:
+        return _REGISTERED[name]
+    if name not in TABLE and name in _plugins():
+        return _plugin(_plugins()[name])
+    if name not in TABLE:
         raise UsageError(f"unknown component {name!r}; {suggest(name, names())}")
-    module, _, attribute = target.partition(":")
+    module, _, attribute = TABLE[name].partition(":")
     found = getattr(importlib.import_module(module), attribute)
     if not (isinstance(found, type) and issubclass(found, Component)):
-        raise UsageError(f"component {name!r}: {target} is not a titans_graph.registry.Component")
+        raise UsageError(f"component {name!r}: {TABLE[name]} is not a titans_graph.registry.Component")
     return found
 
 
-@functools.cache
-def parameter_types(parameters: type) -> dict[str, Any]:
-    """Field name -> annotated type of a ``Parameters`` dataclass."""
-    return typing.get_type_hints(parameters)
-
-
-def parse_parameters(parameters: type, values: Mapping[str, Any]) -> tuple[Any | None, list[ParameterProblem]]:
-    """Build a ``Parameters`` dataclass from plain values; all mistakes at once, then None instead of an instance."""
-    fields = {f.name: f for f in dataclasses.fields(parameters)}
-    hints = parameter_types(parameters)
-    problems = [
-        ParameterProblem(UnknownParameter, key, f"unknown parameter {key!r}", suggest(key, fields, "it takes no parameters"))
-        for key in values
-        if key not in fields
-    ]
-    accepted: dict[str, Any] = {}
-    for name, spec in fields.items():
-        if name not in values:
-            if spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
-                message = f"parameter {name!r} is missing ({spec.metadata.get('doc', '')})"
-                problems.append(ParameterProblem(WrongType, "", message, f"write {name}: ..."))
-            continue
-        problem = _check_value(spec, hints[name], values[name])
-        if problem is None:
-            accepted[name] = _coerce(hints[name], values[name])
-        else:
-            problems.append(problem)
-    if problems:
-        return None, problems
+def _plugin(entry: EntryPoint) -> type[Component]:
+    """The component behind an entry point; whatever goes wrong in another project's code is said with its origin."""
     try:
-        return parameters(**accepted), []
-    except SiteError as error:
-        return None, [ParameterProblem(error.kind, error.key, error.message, error.help)]
+        found = entry.load()
+    except Exception as error:
+        why = f"{type(error).__name__}: {shortened(str(error), 300)}"
+        raise PluginError(_broken(entry, f"cannot be imported: {why}")) from error
+    lacking = _lacking(found)
+    if lacking:
+        raise PluginError(_broken(entry, f"is no component: {lacking}"))
+    return found  # type: ignore[no-any-return]
 
 
-def _check_value(spec: dataclasses.Field[Any], hint: Any, value: Any) -> ParameterProblem | None:
-    name, meta = spec.name, spec.metadata
-    if not _fits(hint, value):
-        message = f"parameter {name!r} must be {_type_name(hint)}, got {_shown(value)}"
-        return ParameterProblem(WrongType, name, message, meta.get("doc", ""))
-    choices = meta.get("choices") or ()
-    if choices and value not in choices:
-        message = f"parameter {name!r} must be one of {', '.join(map(repr, choices))}, got {_shown(value)}"
-        return ParameterProblem(WrongType, name, message, suggest(str(value), [str(c) for c in choices]))
-    low, high = meta.get("minimum"), meta.get("maximum")
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if number and ((low is not None and value < low) or (high is not None and value > high)):
-        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-        return ParameterProblem(WrongType, name, f"parameter {name!r} must be {bounds}, got {value}", meta.get("doc", ""))
-    return None
+def _origin(entry: EntryPoint) -> str:
+    name = f"the distribution {entry.dist.name} {entry.dist.version}" if entry.dist is not None else "an unknown distribution"
+    return f"the entry point '{entry.name} = {entry.value}' of {name}"
 
 
-def _fits(hint: Any, value: Any) -> bool:
-    if hint is Any:
-        return True
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return any(_fits(option, value) for option in typing.get_args(hint))
-    if hint is type(None):
-        return value is None
-    if typing.get_origin(hint) in (Mapping, dict):
-        return isinstance(value, Mapping)
-    if hint is bool:
-        return isinstance(value, bool)
-    if hint in (int, float):
-        wanted = (int, float) if hint is float else int
-        return isinstance(value, wanted) and not isinstance(value, bool) and value == value
-    return isinstance(value, hint)
+def _broken(entry: EntryPoint, what: str) -> str:
+    name = entry.dist.name if entry.dist is not None else "it"
+    return (
+        f"component {entry.name!r}, {_origin(entry)} (group {ENTRY_POINTS}), {what}\n"
+        f"  help: correct the entry point or what it imports and install {name} again, or uninstall {name}"
+    )
 
 
-def _coerce(hint: Any, value: Any) -> Any:
-    return float(value) if hint is float and isinstance(value, int) else value
+def _lacking(found: Any) -> str:
+    """What a class lacks of the contract that can be seen without a site; an empty string where nothing."""
+    if not (isinstance(found, type) and issubclass(found, Component)):
+        return f"{found!r:.100} is not a class under titans_graph.registry.Component"
+    if not callable(getattr(found, "forward", None)):
+        return f"{found.__name__} has no forward; derive it from Component and torch.nn.Module"
+    parameters = getattr(found, "Parameters", None)
+    if not (isinstance(parameters, type) and dataclasses.is_dataclass(parameters)):
+        return f"{found.__name__}.Parameters must be a dataclass, empty where there are none"
+    ports = (getattr(found, "inputs", None), found.outputs)
+    if not all(isinstance(side, tuple) and all(isinstance(port, Port) for port in side) for side in ports):
+        return f"{found.__name__}.inputs and .outputs must be tuples of titans_graph.registry.Port"
+    if not found.outputs:
+        return f"{found.__name__}.outputs is empty"
+    if found.infer.__func__ is Component.infer.__func__:  # type: ignore[attr-defined]
+        return f"{found.__name__} has no infer(cls, site), which says what types its outputs have"
+    keys = [port.name for port in found.inputs] + [field.name for field in dataclasses.fields(parameters)]
+    twice = next((key for key in keys if keys.count(key) > 1 or key in _TAKEN), "")
+    return f"the name {twice!r} of a port or parameter of {found.__name__} is taken" if twice else ""
 
 
-def _type_name(hint: Any) -> str:
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "null"}
-    if hint in words:
-        return words[hint]
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return " or ".join(_type_name(option) for option in typing.get_args(hint))
-    if typing.get_origin(hint) in (Mapping, dict):
-        return "a mapping"
-    return str(getattr(hint, "__name__", hint))
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+__all__ = [
+    "ENTRY_POINTS",
+    "TABLE",
+    "Component",
+    "ParameterProblem",
+    "Port",
+    "Site",
+    "SiteError",
+    "known",
+    "lookup",
+    "names",
+    "parameter",
+    "parameter_types",
+    "parse_parameters",
+    "register",
+]

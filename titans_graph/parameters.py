@@ -1,0 +1,142 @@
+"""Parameters of components: what each means, which values are legal, and every mistake in a set of them at once.
+
+Stands after :mod:`titans_graph.shapes`; :mod:`titans_graph.registry` hands its names on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from titans_graph.errors import Diagnostic, ShapeMismatch, TitansGraphError, UnknownParameter, WrongType, suggest
+
+
+class SiteError(TitansGraphError):
+    """A component refuses its site. ``key`` names the port or parameter at fault, so that the error gets its place."""
+
+    def __init__(self, message: str, *, kind: type[Diagnostic] = ShapeMismatch, key: str = "", help: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.kind = kind
+        self.key = key
+        self.help = help
+
+
+def parameter(
+    default: Any = dataclasses.MISSING,
+    *,
+    doc: str,
+    reason: str = "",
+    choices: tuple[Any, ...] = (),
+    minimum: float | None = None,
+    maximum: float | None = None,
+) -> Any:
+    """A field of a component's ``Parameters``: what it means, why the default is what it is, and which values are legal."""
+    metadata = {"doc": doc, "reason": reason, "choices": choices, "minimum": minimum, "maximum": maximum}
+    if default is dataclasses.MISSING:
+        return field(metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class ParameterProblem:
+    """One mistake in a component's parameters: the diagnostic class, the key at fault, what is wrong, how to mend it."""
+
+    kind: type[Diagnostic]
+    key: str
+    message: str
+    help: str = ""
+
+
+@functools.cache
+def parameter_types(parameters: type) -> dict[str, Any]:
+    """Field name -> annotated type of a ``Parameters`` dataclass."""
+    return typing.get_type_hints(parameters)
+
+
+def parse_parameters(parameters: type, values: Mapping[str, Any]) -> tuple[Any | None, list[ParameterProblem]]:
+    """Build a ``Parameters`` dataclass from plain values; all mistakes at once, then None instead of an instance."""
+    fields = {f.name: f for f in dataclasses.fields(parameters)}
+    hints = parameter_types(parameters)
+    problems = [
+        ParameterProblem(UnknownParameter, key, f"unknown parameter {key!r}", suggest(key, fields, "it takes no parameters"))
+        for key in values
+        if key not in fields
+    ]
+    accepted: dict[str, Any] = {}
+    for name, spec in fields.items():
+        if name not in values:
+            if spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+                message = f"parameter {name!r} is missing ({spec.metadata.get('doc', '')})"
+                problems.append(ParameterProblem(WrongType, "", message, f"write {name}: ..."))
+            continue
+        problem = _check_value(spec, hints[name], values[name])
+        if problem is None:
+            accepted[name] = _coerce(hints[name], values[name])
+        else:
+            problems.append(problem)
+    if problems:
+        return None, problems
+    try:
+        return parameters(**accepted), []
+    except SiteError as error:
+        return None, [ParameterProblem(error.kind, error.key, error.message, error.help)]
+
+
+def _check_value(spec: dataclasses.Field[Any], hint: Any, value: Any) -> ParameterProblem | None:
+    name, meta = spec.name, spec.metadata
+    if not _fits(hint, value):
+        message = f"parameter {name!r} must be {_type_name(hint)}, got {_shown(value)}"
+        return ParameterProblem(WrongType, name, message, meta.get("doc", ""))
+    choices = meta.get("choices") or ()
+    if choices and value not in choices:
+        message = f"parameter {name!r} must be one of {', '.join(map(repr, choices))}, got {_shown(value)}"
+        return ParameterProblem(WrongType, name, message, suggest(str(value), [str(c) for c in choices]))
+    low, high = meta.get("minimum"), meta.get("maximum")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and ((low is not None and value < low) or (high is not None and value > high)):
+        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+        return ParameterProblem(WrongType, name, f"parameter {name!r} must be {bounds}, got {value}", meta.get("doc", ""))
+    return None
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    if hint is Any:
+        return True
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return any(_fits(option, value) for option in typing.get_args(hint))
+    if hint is type(None):
+        return value is None
+    if typing.get_origin(hint) in (Mapping, dict):
+        return isinstance(value, Mapping)
+    if hint is bool:
+        return isinstance(value, bool)
+    if hint in (int, float):
+        wanted = (int, float) if hint is float else int
+        return isinstance(value, wanted) and not isinstance(value, bool) and value == value
+    return isinstance(value, hint)
+
+
+def _coerce(hint: Any, value: Any) -> Any:
+    return float(value) if hint is float and isinstance(value, int) else value
+
+
+def _type_name(hint: Any) -> str:
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "null"}
+    if hint in words:
+        return words[hint]
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return " or ".join(_type_name(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) in (Mapping, dict):
+        return "a mapping"
+    return str(getattr(hint, "__name__", hint))
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
