@@ -35,10 +35,12 @@ def run_train(options: argparse.Namespace) -> int:
     from titans_graph.tasks import text
     from titans_graph.training.folder import set_aside
     from titans_graph.training.loop import is_main_process, print_note, train
+    from titans_graph.training.objective import demand_language_model
 
     config = TrainConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(TrainConfig)})
     torch.manual_seed(config.seed)
     model, init = _first_model(options)
+    demand_language_model(model)
     data = text.load(options.data)
     print_note(data.report)
     out = options.out or Path("runs") / model.name

@@ -33,7 +33,7 @@ from titans_graph.training.evaluate import bits_per_byte, restart_of
 from titans_graph.training.interface import LanguageModel
 from titans_graph.training.interrupt import Interrupt
 from titans_graph.training.logs import RunLog
-from titans_graph.training.objective import LossModule
+from titans_graph.training.objective import LossModule, demand_language_model
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -80,6 +80,7 @@ def train(
     (the folder is locked, belongs to another run, or cannot be written), DataError, UsageError, NonFiniteError.
     """
     out = Path(out)
+    demand_language_model(model)
     accelerator = _accelerator(config)
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from titans_graph.errors import InputError, UsageError
 from titans_graph.tasks.text import check_logits
 from titans_graph.training.interface import LanguageModel
+
+
+@torch.no_grad()
+def demand_language_model(model: LanguageModel) -> None:
+    """UsageError unless a model reads ids and gives logits of bytes; it is tried on two tokens, before anything is written."""
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
+    model.eval()
+    try:
+        logits, _ = model(tokens)
+    except InputError as error:
+        raise UsageError(
+            f"{model.name!r} is a block on a stream of features ({error}); train needs a model of token ids\n"
+            "  help: take a spec with input: {tokens: [B, T]} and logits as its output, such as mac or transformer"
+        ) from error
+    finally:
+        model.train()
+    check_logits(logits)
 
 
 class LossModule(nn.Module):
