@@ -45,8 +45,8 @@ check: $(STAMP) ## format, lint and types: what CI checks
 	$(BIN)/mypy --strict || bad=1; \
 	exit $$bad
 
-nightly: $(STAMP) ## every test, with many more examples: an hour or longer
-	@echo "All tests with the hypothesis profile 'nightly': this may take an hour or longer"
+nightly: $(STAMP) ## every test, with many more examples: hours (docs/reliability.md)
+	@echo "All tests with the hypothesis profile 'nightly': this takes hours, see docs/reliability.md"
 	@HYPOTHESIS_PROFILE=nightly $(PYTEST) tests $(PARALLEL) -o faulthandler_timeout=3600 $(ARGS)
 
 coverage: $(STAMP) ## the tests again in one process, then the lines no test reached
