@@ -51,6 +51,9 @@ class Model(nn.Module):
     ``y, state = model(x, state=None, *, document=None)`` with x ``[B, T]`` int64 (a language model) or ``[B, T, dim]`` (a
     block), y ``[B, T, vocab]`` or ``[B, T, dim]``. For every way to cut the input into parts, calling the model part by
     part with the state handed on gives the same result as one call.
+
+    A model can be pickled, for workers and copies; a compiled one becomes an eager one, to be compiled where it arrives. For
+    files that last, save ``model.spec`` and the tensors of ``state_dict`` as safetensors.
     """
 
     def __init__(self, compilation: Compilation) -> None:
@@ -266,6 +269,25 @@ class Model(nn.Module):
         twin = Compiled.__new__(Compiled)
         twin.__dict__ = copy.copy(self.__dict__)
         twin._runner = CompiledRunner(self.compilation.lowered, options)
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickles: the graph's text and the modules; the program is made again from them (runtime/pickling.py)."""
+        from titans_graph.runtime.pickling import bare, packed
+
+        cls = Model if isinstance(self, Compiled) else type(self)
+        return bare, (cls,), packed(self)
+
+    def __setstate__(self, content: dict[str, Any]) -> None:
+        """From a pickle."""
+        from titans_graph.runtime.pickling import unpack
+
+        unpack(self, content)
+
+    def __copy__(self) -> Model:
+        """A model that shares everything."""
+        twin = type(self).__new__(type(self))
+        twin.__dict__ = copy.copy(self.__dict__)
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Model:

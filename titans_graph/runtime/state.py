@@ -54,7 +54,7 @@ class Stepping(Mapping[str, Tensors]):
         return Stepping({n: {k: change(t) for k, t in tensors.items()} for n, tensors in self.held.items()}, self._settle)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class State:
     """Everything a model remembers, for ``B`` rows that are independent of each other.
 
@@ -63,13 +63,15 @@ class State:
     first, on the model's device. ``fingerprint`` names the graph the state belongs to.
 
     States are values: every method returns a new one, and :meth:`Model.forward` never writes into the one it is given.
+    ``==`` asks whether two are the same object; to compare contents, compare tensors.
+    A state can be pickled for processes of your own, without gradient history; files are :meth:`save` and :meth:`load`.
     """
 
     position: Tensor
     document: Tensor
     nodes: Mapping[str, Mapping[str, Tensor]]
     fingerprint: str
-    fresh: Callable[[int], Mapping[str, Mapping[str, Tensor]]] | None = field(default=None, compare=False, repr=False)
+    fresh: Callable[[int], Mapping[str, Mapping[str, Tensor]]] | None = field(default=None, repr=False)
 
     @property
     def batch(self) -> int:
@@ -93,6 +95,20 @@ class State:
         else:
             nodes = {n: {k: change(t) for k, t in tensors.items()} for n, tensors in self.nodes.items()}
         return State(change(self.position), change(self.document), nodes, self.fingerprint, self.fresh)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickles: the tensors, and what a fresh row is (runtime/pickling.py)."""
+        from titans_graph.runtime.pickling import state_content, state_from
+
+        return state_from, state_content(self)
+
+    def __copy__(self) -> State:
+        """The state itself: it is a value."""
+        return self
+
+    def __deepcopy__(self, memo: object) -> State:
+        """As :meth:`fork`."""
+        return self.fork()
 
     def detach(self) -> State:
         """The same state without gradient history: truncates backpropagation through time here."""
