@@ -240,7 +240,7 @@ def test_drawings_and_schema(tmp_path: Path, replace: Replace, monkeypatch: pyte
     path = tmp_path / "mac.dot"
     assert main(["draw", "mac", "--format", "dot", "--out", str(path)]) == 0
     assert path.read_text() == "dot graph of mac\n"
-    assert main(["draw", "mac", "--out", str(tmp_path / "no" / "where")]) == 1
+    assert main(["draw", "mac", "--out", str(tmp_path / "no" / "where")]) == 2
     capsys.readouterr()
     assert main(["schema"]) == 0
     assert json.loads(capsys.readouterr().out) == {"type": "object"}

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from titans_graph.bench import PARTS
-from titans_graph.cli.options import Commands, command
+from titans_graph.cli.options import Commands, command, writing
 from titans_graph.errors import UsageError
 
 
@@ -47,8 +47,9 @@ def run_bench(options: argparse.Namespace) -> int:
     if options.peer is not None and shutil.which(options.peer) is None:
         raise UsageError(f"--peer {options.peer}: no such interpreter")
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.touch()
+        with writing(options.out):
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.touch()
     case, sizes = Case(), report.QUICK if options.quick else report.Sizes()
     print(f"{case.heads} heads, {case.dim} -> {case.hidden} -> {case.dim}, chunk {case.chunk}, float32, one thread")
     figures = report.bench(case, sizes, parts, options.peer, lambda line: print(line, flush=True))

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from titans_graph.cli.options import Commands, add_spec, command, count, settings
+from titans_graph.cli.blame import rendered
+from titans_graph.cli.options import Commands, add_spec, command, count, settings, writing
 
 
 def add_commands(commands: Commands) -> None:
@@ -49,8 +50,8 @@ def run_check(options: argparse.Namespace) -> int:
 
     values = settings(options.set)
     diagnostics = runtime.check(options.spec, **values)
-    for diagnostic in diagnostics:
-        print(diagnostic.render(), file=sys.stderr)
+    if diagnostics:
+        print(rendered(diagnostics, options.spec, options.set), file=sys.stderr)
     if any(d.severity == "error" for d in diagnostics):
         return 1
     print(f"{options.spec}: sound; {_sizes(options.spec, values)}")
@@ -87,7 +88,8 @@ def run_draw(options: argparse.Namespace) -> int:
     if options.out is None:
         print(drawing)
     else:
-        options.out.write_text(drawing + "\n", encoding="utf-8")
+        with writing(options.out):
+            options.out.write_text(drawing + "\n", encoding="utf-8")
         print(f"wrote {options.out}", file=sys.stderr)
     return 0
 

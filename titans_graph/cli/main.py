@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 from titans_graph import __version__
 from titans_graph.cli import benching, doctor, inspecting, running
-from titans_graph.errors import TitansGraphError, UsageError
+from titans_graph.cli.blame import rendered
+from titans_graph.errors import SpecError, TitansGraphError, UsageError
 
 EXTRA = ("accelerate", "matplotlib", "numpy", "tensorboard", "tqdm")
 
@@ -34,8 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
     except UsageError as error:
         return _fail(str(error), 2)
-    except (TitansGraphError, OSError) as error:
+    except SpecError as error:
+        return _fail(rendered(error.diagnostics, getattr(options, "spec", ""), getattr(options, "set", [])), 1)
+    except TitansGraphError as error:
         return _fail(str(error), 1)
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error), 1)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in EXTRA:
             raise

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 from titans_graph.errors import UsageError, shortened
@@ -41,6 +44,33 @@ def add_spec(parser: argparse.ArgumentParser, needed: bool = True) -> None:
         metavar="KEY=VALUE",
         help="spec parameters; values are YAML scalars",
     )
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an argument that is a whole number not below ``least``; argparse names the argument."""
+
+    def read(text: str) -> int:
+        try:
+            found = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{shortened(text, 60)!r} is no whole number") from None
+        if found < least:
+            raise argparse.ArgumentTypeError(f"{shortened(text, 60)} is out of range, at least {least}")
+        return found
+
+    return read
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """UsageError, naming ``--out``, where a file cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(
+            f"--out {path}: cannot be written: {error.strerror or error}\n"
+            "  help: name a file in a folder that is there and can be written"
+        ) from error
 
 
 def settings(pairs: list[str]) -> dict[str, Any]:

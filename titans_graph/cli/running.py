@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from titans_graph.cli.options import Commands, add_spec, command, settings
+from titans_graph.cli.options import Commands, add_spec, at_least, command, settings
 from titans_graph.errors import UsageError
 from titans_graph.training.config import TrainConfig
 
@@ -254,10 +254,12 @@ def _add_eval(commands: Commands) -> None:
         help="a text file or a folder of text files, whose validation part is measured (default: the text that the run was "
         "trained on)",
     )
-    evaluate.add_argument("--bytes", type=int, default=262144, metavar="N", help="validation bytes; 0: all (default: 262144)")
+    evaluate.add_argument(
+        "--bytes", type=at_least(0), default=262144, metavar="N", help="validation bytes; 0: all (default: 262144)"
+    )
     evaluate.add_argument(
         "--restart",
-        type=int,
+        type=at_least(-1),
         default=-1,
         metavar="N",
         help="fresh state every N bytes; 0: never; -1 (default): never, or every training length where it grows",

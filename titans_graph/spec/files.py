@@ -28,8 +28,9 @@ def find(path: str | PathLike[str]) -> Path:
         if asked.is_file():
             return asked
         names = shipped()
-        if asked.with_suffix("").as_posix() in names and asked.suffix in ("", ".yaml"):
-            return SHIPPED / f"{asked.with_suffix('').as_posix()}.yaml"
+        stem = asked.as_posix().removesuffix(".yaml")
+        if stem in names:
+            return SHIPPED / f"{stem}.yaml"
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot look for a spec at {str(path)[:200]!r}: {error}") from None
     if asked.is_dir():

@@ -163,13 +163,13 @@ def _taken(folder: Path, path: Path) -> str:
 
 def failure(path: Path, error: OSError, needed: int = 0) -> CheckpointError:
     """What to raise where ``path``, of ``needed`` bytes (0: not known), cannot be written."""
-    space = ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT) and needed:
-        space = f" ({needed:,} bytes are needed{_free(path)})"
-    return CheckpointError(
-        f"{path}: cannot be written: {error.strerror or error}{space}\n"
-        "  help: earlier checkpoints are intact; free space or choose another folder, then run the same command again"
-    )
+    space, help = "", "choose a folder that can be written, with --out; what was saved before is intact"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        space = f" ({needed:,} bytes are needed{_free(path)})" if needed and error.errno != errno.EFBIG else ""
+        help = "earlier checkpoints are intact; free space or choose another folder, then run the same command again"
+    elif error.errno in (errno.EEXIST, errno.ENOTDIR):
+        help = "a file is where a folder is needed: choose another --out"
+    return CheckpointError(f"{path}: cannot be written: {error.strerror or error}{space}\n  help: {help}")
 
 
 def _free(path: Path) -> str:

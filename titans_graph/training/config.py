@@ -32,7 +32,12 @@ class TrainConfig:
     batch: int = setting(
         16, doc="windows in a step, over all processes", reason="8k bytes a step with the default length", minimum=1
     )
-    length: int = setting(512, doc="bytes in a window", reason="several chunks and segments of the shipped specs", minimum=1)
+    length: int = setting(
+        512,
+        doc="bytes in a window; two at least, for one byte to come after another",
+        reason="several chunks and segments of the shipped specs",
+        minimum=2,
+    )
     learning_rate: float = setting(
         1e-3, doc="peak learning rate", reason="usual for AdamW below about 50M parameters", minimum=0.0
     )
