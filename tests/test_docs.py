@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 
+from tests.test_imports import LAYERS
 from titans_graph import errors, registry
 from titans_graph.cli import main
 from titans_graph.registry import TABLE, lookup, parameter_types
@@ -109,6 +110,13 @@ def test_named_files_and_tests_exist(name: str) -> None:
         if not (ROOT / path).is_file() or (test and f"def {test}(" not in text_of(path)):
             lost.append(mention)
     assert not lost
+
+
+def test_the_order_of_modules_is_the_one_that_is_checked() -> None:
+    for name in ("CONTRIBUTING.md", "docs/architecture.md"):
+        (found,) = re.findall(r"^    errors -> .*\n(?:        -> .*\n)*", text_of(name), re.MULTILINE)
+        rows = [re.findall(r"\w+", row) for row in found.split("->")]
+        assert [set(row) for row in rows] == [set(row) - {"hf", "__main__"} for row in LAYERS], name
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

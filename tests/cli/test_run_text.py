@@ -44,6 +44,8 @@ def test_eval_measures_the_text_of_the_run(run: Path, tmp_path: Path, monkeypatc
         assert shown.out == expected
         assert f"{tmp_path / 'fox.txt'}: 1,800 bytes" in shown.err
         assert "note:" not in shown.err
+        assert "100%" in shown.err
+        assert "89.0/89.0" in shown.err
     assert json.loads((run / "run.json").read_text())["data"]["path"] == str(tmp_path / "fox.txt")
 
 

@@ -50,6 +50,14 @@ def test_little_time_means_fewer_steps_for_both(tmp_path: Path) -> None:
     assert json.loads((tmp_path / plan.FILE).read_text())["steps"] == 10
 
 
+@pytest.mark.parametrize(("minutes", "shown"), [(1.0, "1 minute"), (0.5, "0.5 minutes"), (4.0, "4 minutes")])
+def test_one_minute_is_one(tmp_path: Path, minutes: float, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "_seconds", lambda *_: 1.0)
+    notes: list[str] = []
+    plan.plan({"a": build("a")}, small_text(), tmp_path, CONFIG, 9, minutes, notes.append)
+    assert notes[0].endswith(f" steps fit into {shown}")
+
+
 def test_a_plan_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / plan.FILE).write_text("{")
     with pytest.raises(CheckpointError, match=r"plan\.json: cannot be read"):

@@ -53,6 +53,14 @@ def test_every_byte_but_the_first_is_scored_once() -> None:
     assert seen == TEXT[:-1].tolist()
 
 
+@pytest.mark.parametrize(("restart", "calls"), [(0, [14, 14, 12]), (7, [14, 14, 7, 5])])
+def test_progress_counts_the_scored_bytes(restart: int, calls: list[int]) -> None:
+    told: list[int] = []
+    bits_per_byte(uniform, TEXT, restart=restart, piece=14, progress=told.append)
+    assert told == calls
+    assert sum(told) == len(TEXT) - 1
+
+
 def test_too_little_text_is_an_error() -> None:
     with pytest.raises(DataError):
         bits_per_byte(uniform, TEXT[:1])

@@ -107,6 +107,8 @@ def run_generate(options: argparse.Namespace) -> int:
 
 def run_eval(options: argparse.Namespace) -> int:
     """Bits per byte of a checkpoint and of the floors on the same bytes."""
+    from tqdm import tqdm
+
     from titans_graph.runtime.denormals import flushed
     from titans_graph.tasks import text
     from titans_graph.tasks.floors import floors
@@ -121,8 +123,9 @@ def run_eval(options: argparse.Namespace) -> int:
     stretch = data.stretch(options.bytes)
     restart = restart_of(options.restart, config.length, bool(model.summary().grows))
     model.eval()
-    with flushed():
-        value = bits_per_byte(model, stretch, restart=restart, device=next(model.parameters()).device)
+    device = next(model.parameters()).device
+    with flushed(), tqdm(total=max(0, len(stretch) - 1), unit="B", unit_scale=True) as bar:
+        value = bits_per_byte(model, stretch, restart=restart, device=device, progress=bar.update)
     how = f"state fresh every {restart} bytes" if restart else "one long stream"
     print(f"{model.name:<12} {value:.4f} bits per byte ({how}, step {checkpoint.step}, {len(stretch):,} bytes)")
     for name, floor in floors(data.train, stretch).rows():
@@ -269,9 +272,9 @@ def _add_eval(commands: Commands) -> None:
 
 def _add_demo(commands: Commands) -> None:
     demo = command(
-        commands, "demo", "train a small Titans and a transformer of the same size in five minutes", "demo --minutes 3"
+        commands, "demo", "train a small Titans and a transformer of the same size, in about three minutes", "demo --minutes 2"
     )
-    demo.add_argument("--minutes", type=float, metavar="M", help="time for both trainings together")
+    demo.add_argument("--minutes", type=float, metavar="M", help="most time for both trainings together (default: 4)")
     demo.add_argument("--data", type=Path, metavar="PATH", help=DATA_HELP)
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="folder (default: runs/demo)")
     demo.add_argument("--fresh", action="store_true", help="start anew instead of going on with the demo in that folder")

@@ -21,13 +21,20 @@ Forward = Callable[..., tuple[Tensor, Any]]
 
 @torch.no_grad()
 def bits_per_byte(
-    forward: Forward, text: Tensor, *, restart: int = 0, piece: int = PIECE, device: torch.device | str = "cpu"
+    forward: Forward,
+    text: Tensor,
+    *,
+    restart: int = 0,
+    piece: int = PIECE,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], object] = lambda scored: None,
 ) -> float:
     """Mean of ``-log2 p(byte)`` over a stretch, uint8 ``[n]``; its first byte is context only.
 
     ``restart`` 0: the model reads the text as **one long stream**, piece by piece, its state carried along,
     so every byte is predicted from all bytes before it. Otherwise the state starts afresh every ``restart`` bytes, as
-    in training windows, and those windows are read side by side. DataError below two bytes.
+    in training windows, and those windows are read side by side. ``progress`` is told after each call how many more bytes
+    are scored, ``n - 1`` in all. DataError below two bytes.
     """
     if len(text) < 2:
         raise DataError(f"the validation stretch has {len(text)} bytes; at least two are needed")
@@ -39,6 +46,7 @@ def bits_per_byte(
         logits, state = forward(tokens[:, :-1], state if carried else None)
         check_logits(logits)
         total += cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum").item()
+        progress(tokens.shape[0] * (tokens.shape[1] - 1))
     return total / (len(text) - 1) / math.log(2)
 
 

@@ -57,7 +57,8 @@ def plan(models: Models, text: Text, out: Path, config: TrainConfig, most: int, 
     fitting = int(60 * minutes * MARGIN / (sum(seconds.values()) * (1 + validation)))
     made = Plan(max(FEWEST, min(most, fitting)), threads, seconds)
     timing = ", ".join(f"{name} {value:.2f} s" for name, value in seconds.items())
-    note(f"one step on {threads} thread(s): {timing}; {made.steps} of {most} steps fit into {minutes:g} minutes")
+    given = "1 minute" if minutes == 1 else f"{minutes:g} minutes"
+    note(f"one step on {threads} thread(s): {timing}; {made.steps} of {most} steps fit into {given}")
     atomic.write_file(path, json.dumps(asdict(made)).encode())
     return made
 
