@@ -27,6 +27,7 @@ from titans_graph.kernels.memory_ops import form_of
 from titans_graph.kernels.memory_prebuild import kinds, prebuild
 from titans_graph.kernels.memory_state import free_names, lazy_of, listed, named, named_ring, opening_weights, settled, stepping
 from titans_graph.kernels.networks import NetworkError, parse_network
+from titans_graph.kernels.precision import running
 from titans_graph.kernels.timeline import extend, last
 from titans_graph.registry import Component, Port, Site, SiteError, parameter
 from titans_graph.shapes import Clock, Dependence, Stage, Value, stream
@@ -132,7 +133,7 @@ class NeuralMemory(Component, nn.Module):
     )
     stateful = True
     partial = True
-    precise = ("ring.shares", "ring.ends", "ring.norms")
+    precise = ("anchor.", "weights.", "momenta.", "opening.", "ring.")
     default_kernel = "by device"
 
     @classmethod
@@ -253,7 +254,7 @@ class NeuralMemory(Component, nn.Module):
         (segment-start) where something opens; the chunk's keys; a convolution tail per stream."""
         state: dict[str, Tensor] = {}
         for name in self.names:
-            start = self.initial[name].detach().expand(batch, *self.initial[name].shape)
+            start = running(self.initial[name].detach()).expand(batch, *self.initial[name].shape)
             for kind in ("anchor", "weights", *(("opening",) if self.opens else ())):
                 state[f"{kind}.{name}"] = start.clone()
             state[f"momenta.{name}"] = torch.zeros_like(start)
@@ -270,9 +271,8 @@ class NeuralMemory(Component, nn.Module):
         """With a ring of the last tokens' updates; weights are written when it is full (``kernel: reference``: as it is)."""
         if (p := self.p).kernel == "reference":
             return state
-        initial = [self.initial[n] for n in self.names]
         form = p.network, self.names, p.chunk, self.segment, p.cap == "keys"
-        return stepping(*form, state, initial, position, self._decodes(state))
+        return stepping(*form, state, self._first_weights(), position, self._decodes(state))
 
     def settled(self, state: State) -> State:
         """Without the ring."""
@@ -290,7 +290,7 @@ class NeuralMemory(Component, nn.Module):
         if weight.device.type == "cpu" and p.kernel in ("by device", "chunk"):
             form = form_of(p.network, p.objective, p.read, p.cap == "keys")
             needed = kinds(training=training, several=not self.opens or self.segment > p.chunk)
-            prebuild(form, needed, batch * p.heads, p.chunk, self.size, weight.dtype)
+            prebuild(form, needed, batch * p.heads, p.chunk, self.size, running(weight).dtype)
 
     def forward(
         self,
@@ -346,15 +346,17 @@ class NeuralMemory(Component, nn.Module):
         if lazy is not None:
             y, lazy = lazy_step(*form, p.cap == "keys", lazy, *tokens, kernel=self._decodes(state))
             return y, named_ring(lazy)
-        start = [self.initial[n].expand(batch, *self.initial[n].shape) for n in self.names]
+        start = [w.expand(batch, *w.shape) for w in self._first_weights()]
         rest = [torch.zeros_like(w) for w in start]
         given = (*form, p.chunk, p.cap == "keys", *listed(state, self.names), start, rest, *tokens, clock.valid, clock.position)
         y, *ends = memory_step(*given) if q.shape[2] == 1 else memory_scan(*given, kernel=self.kernel)
         return y, named(self.names, *ends)
 
     def _opening_weights(self, state: State, clock: Clock) -> list[Tensor]:
-        initial = [self.initial[n] for n in self.names]
-        return opening_weights(self.names, self.segment, state, initial, clock.valid, clock.position)
+        return opening_weights(self.names, self.segment, state, self._first_weights(), clock.valid, clock.position)
+
+    def _first_weights(self) -> list[Tensor]:
+        return [running(self.initial[n]) for n in self.names]
 
     def _stream(self, name: str, x: Tensor, state: State, new: dict[str, Tensor], clock: Clock) -> Tensor:
         """Convolution, SiLU, heads: ``[B, G, H * d]`` -> ``[B, G, H, d]``."""
@@ -371,7 +373,7 @@ class NeuralMemory(Component, nn.Module):
 
     def _controls(self, write: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``theta``, ``log eta`` and ``log (1 - alpha)``, each ``[B, H, G]``."""
-        parts = self.controls(write).unflatten(-1, (-1, self.p.heads)).movedim(1, -1).unbind(1)
+        parts = running(self.controls(write)).view(*write.shape[:-1], -1, self.p.heads).movedim(1, -1).unbind(1)
         step = self.p.max_step * parts[0].sigmoid()
         log_momentum = torch.full_like(step, -torch.inf)
         if self.p.momentum:
@@ -381,8 +383,7 @@ class NeuralMemory(Component, nn.Module):
 
     def _finish(self, y: Tensor, source: Tensor) -> Tensor:
         """Normalise, gate, project: ``[B, H, G, d]`` -> ``[B, G, dim]`` (section 4.4)."""
-        y = y.transpose(1, 2)
-        y = F.rms_norm(y, (self.size,), eps=1e-6).flatten(2) * self.norm
+        y = F.rms_norm(y.transpose(1, 2), (self.size,), eps=1e-6).flatten(2) * self.norm
         if self.gate is not None:
             y = y * self.gate(source).sigmoid()
         out: Tensor = self.output(y)

@@ -233,6 +233,33 @@ def memory_step(
 
     The slot may stand anywhere in its chunk: it begins one where ``position % chunk`` is 0.
     """
+    with torch.autocast(q.device.type, enabled=False):
+        return _step(
+            network, objective, read, chunk, bounded, anchor, weights, momenta, initial_weights, initial_momenta,
+            q, k, v, step, log_momentum, log_keep, valid, position,
+        )  # fmt: skip
+
+
+def _step(
+    network: str | Network,
+    objective: str | Objective,
+    read: str,
+    chunk: int,
+    bounded: bool,
+    anchor: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    initial_weights: Sequence[Tensor],
+    initial_momenta: Sequence[Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    step: Tensor,
+    log_momentum: Tensor,
+    log_keep: Tensor,
+    valid: Tensor,
+    position: Tensor,
+) -> Result:
     net, goal = parsed(network, objective)
     dtype, heads, names = weights[0].dtype, q.shape[1], list(net.weights(q.shape[-1]))
     now = valid[:, 0].repeat_interleave(heads)
@@ -242,7 +269,7 @@ def memory_step(
     moving = _where(start, _flat(initial_momenta), _flat(momenta))
     at = _where(first, before, _flat(anchor))
     q1, k1, v1 = (x.flatten(0, 1).to(dtype) for x in (q, k, v))
-    theta, eta, keep = (x.flatten().to(dtype) for x in (step, log_momentum.exp(), log_keep.exp()))
+    theta, eta, keep = (x.flatten() for x in (step.to(dtype), log_momentum.to(dtype).exp(), log_keep.to(dtype).exp()))
     if bounded:
         theta = bounded_step(net, dict(zip(names, at, strict=True)), k1, theta[:, None])[:, 0]
     gradient = _gradient(net, goal, names, at, k1, v1)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from titans_graph.kernels.precision import running
 from titans_graph.kernels.timeline import take
 
 
@@ -41,7 +42,7 @@ def _whole(k: Tensor, ring: Tensor, valid: Tensor, lead: Tensor, end: Tensor) ->
     merged = torch.where(filled[..., None, None], blocks, 0.0)
     merged = torch.where(resumed[..., None, None], ring[:, None], merged)
     keys = merged.permute(0, 3, 1, 2, 4)
-    alike = (keys @ keys.mT).abs().tril()
+    alike = running(keys @ keys.mT).abs().tril()
     r = alike.sum(-1).flatten(2)
     latest = ((end - 1).clamp(min=0) // chunk)[:, None]
     fresh = take(merged, latest)[:, 0]
@@ -51,7 +52,7 @@ def _whole(k: Tensor, ring: Tensor, valid: Tensor, lead: Tensor, end: Tensor) ->
 
 @_whole.register_fake
 def _(k: Tensor, ring: Tensor, valid: Tensor, lead: Tensor, end: Tensor) -> list[Tensor]:
-    return [k.new_empty(k.shape[:3]), torch.empty_like(ring)]
+    return [running(k.new_empty(k.shape[:3])), torch.empty_like(ring)]
 
 
 def _blocks(x: Tensor, chunk: int) -> Tensor:
@@ -65,7 +66,7 @@ def _one(k: Tensor, ring: Tensor, valid: Tensor, position: Tensor) -> tuple[Tens
     slot = position % chunk
     here = (torch.arange(chunk, device=k.device) == slot) & valid
     merged = torch.where(here[..., None, None], k.transpose(1, 2), ring)
-    alike = torch.einsum("bchd,bhd->bhc", merged, k[:, :, 0]).abs()
+    alike = running(torch.einsum("bchd,bhd->bhc", merged, k[:, :, 0])).abs()
     seen = torch.arange(chunk, device=k.device) <= slot
     r = torch.where(seen[:, None], alike, 0.0).sum(-1, keepdim=True)
     return r.clamp(min=1.0), merged

@@ -85,11 +85,11 @@ def decode_step(
 ) -> Ring:
     """:func:`~titans_graph.kernels.memory_lazy.lazy_step`: y, and of the next state ``inputs``, ``deltas``, ``shares``,
     ``ends`` and ``slot``."""
-    gates = [x.float() for x in (step, log_momentum, log_keep)]
+    tokens = [*(x.to(weights[0].dtype) for x in (q, k, v)), *(x.float() for x in (step, log_momentum, log_keep))]
     fast = anchor, weights, momenta, inputs, deltas
-    y, *new = decode_op(network, objective, read, bounded, *fast, shares, ends, slot, norms, [q, k, v, *gates])
+    y, *new = decode_op(network, objective, read, bounded, *fast, shares, ends, slot, norms, tokens)
     n = len(inputs)
-    return y, new[:n], new[n : 2 * n], new[2 * n], new[2 * n + 1], slot + 1
+    return y.to(q.dtype), new[:n], new[n : 2 * n], new[2 * n], new[2 * n + 1], slot + 1
 
 
 @torch.library.custom_op("titans_graph::memory_decode", mutates_args=())

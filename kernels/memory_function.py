@@ -21,6 +21,7 @@ from titans_graph.errors import UsageError
 from titans_graph.kernels.memory import check_choices, memory_scan
 from titans_graph.kernels.memory_objectives import Objective, parse_objective
 from titans_graph.kernels.networks import Network, parse_network
+from titans_graph.kernels.precision import running
 
 Named = Mapping[str, Tensor]
 Description = str | Mapping[str, Any]
@@ -131,7 +132,8 @@ def neural_memory(
     fastest on a CPU), ``triton`` (docs/kernels.md says for which memories), ``auto``: ``triton`` on a GPU where it can,
     else ``portable``: ``compiled`` inside ``torch.compile``, ``chunk`` outside.
 
-    Returns y ``[B, H, T, d]`` and the state after the last token. Gradients reach q, k, v, the gates, and the weights or the
+    Returns y ``[B, H, T, d]`` and the state after the last token, in float32 where weights were of half precision, which
+    would lose what single tokens write. Gradients reach q, k, v, the gates, and the weights or the
     state's weights, momenta and anchor, in reverse and once; transforms of ``torch.func`` and forward-mode gradients take
     ``kernel="reference"``. A token that is not finite spoils its whole chunk. Raises :class:`UsageError` where shapes,
     names or settings do not fit.
@@ -141,6 +143,7 @@ def neural_memory(
         if weights is None:
             raise UsageError("neural_memory needs weights, or a state")
         state = MemoryState.initial(weights)
+    state = state._map(running)
     step, log_momentum, log_keep = complete_gates(step, log_momentum, log_keep)
     kinds = {part: getattr(state, part) for part in _PARTS}
     check_call(text, dict(shapes), kinds, q.shape[0], (q, k, v), (step, log_momentum, log_keep), chunk)

@@ -212,6 +212,24 @@ def lazy_step(
             network, objective, read, bounded, *state, q, k, v, step, log_momentum, log_keep
         )
         return y, state._replace(inputs=inputs, deltas=deltas, shares=shares, ends=ends, slot=slot)
+    # As in the operators for whole chunks: what autocast would round here stays in the state's type.
+    with torch.autocast(q.device.type, enabled=False):
+        return _portable(network, objective, read, bounded, state, q, k, v, step, log_momentum, log_keep)
+
+
+def _portable(
+    network: str | Network,
+    objective: str | Objective,
+    read: str,
+    bounded: bool,
+    state: Lazy,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    step: Tensor,
+    log_momentum: Tensor,
+    log_keep: Tensor,
+) -> tuple[Tensor, Lazy]:
     net, goal = parsed(network, objective)
     heads, names, dtype, precise = q.shape[1], _names(net), state.weights[0].dtype, state.shares.dtype
     at = dict(zip(names, (x.flatten(0, 1) for x in state.anchor), strict=True))

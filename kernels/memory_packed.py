@@ -18,6 +18,7 @@ from titans_graph.kernels.memory import check_choices, choose, memory_scan, oper
 from titans_graph.kernels.memory_function import Description, Named, check_call, complete_gates, described
 from titans_graph.kernels.memory_objectives import Objective
 from titans_graph.kernels.networks import Network
+from titans_graph.kernels.precision import running
 from titans_graph.kernels.triton_memory import memory_triton
 
 
@@ -77,7 +78,7 @@ def _rows(kind: str, named: Named, count: int) -> dict[str, Tensor]:
     if any(w.dim() < 3 or w.shape[0] not in (1, count) for w in named.values()):
         found = {n: list(w.shape) for n, w in named.items()}
         raise UsageError(f"{kind} must begin with one axis of {count} sequences, or of 1 for all of them; got {found}")
-    return {n: w.expand(count, *w.shape[1:]) for n, w in named.items()}
+    return {n: running(w).expand(count, *w.shape[1:]) for n, w in named.items()}
 
 
 def _check_offsets(offsets: Tensor, q: Tensor) -> None:

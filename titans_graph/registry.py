@@ -117,7 +117,7 @@ class Component:
     grows: ClassVar[bool] = False
     """Whether the state grows with the number of tokens read (full attention only)."""
     precise: ClassVar[tuple[str, ...]] = ()
-    """The entries of a state that are float32 where the model is of a narrower type."""
+    """How the names of those entries of a state begin that are float32 where the model is of a narrower type."""
     partial: ClassVar[bool] = False
     """Whether ``infer`` can name output types before all inputs are known (what stands on a feedback loop must)."""
     default_kernel: ClassVar[str] = ""

@@ -250,7 +250,7 @@ class Model(nn.Module):
         for node, tensors in held.items():
             precise = self._module(node).precise
             for key, t in tensors.items():
-                wanted = torch.promote_types(reference.dtype, torch.float32) if key in precise else reference.dtype
+                wanted = torch.promote_types(reference.dtype, torch.float32) if key.startswith(precise) else reference.dtype
                 same = t.dtype == wanted or not t.is_floating_point() or _autocast(x)
                 if t.device != reference.device or not same:
                     raise StateError(
