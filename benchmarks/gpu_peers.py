@@ -55,11 +55,11 @@ def compared(row: Row, value: float) -> Result:
 
 
 class Stream:
-    """Rows that read one token after another as the component ``memory.neural`` does, the state in the type of the tokens."""
+    """Rows that read one token after another as the component ``memory.neural`` does, the state in float32."""
 
     def __init__(self, row: Row, x: Inputs) -> None:
         self.row, self.x, self.taken = row, x, 0
-        self.start = [w.to(x.tokens[0].dtype) for w in x.state[3]]
+        self.start = list(x.state[3])
         rest = [torch.zeros_like(w) for w in self.start]
         self.state = begin(row.network, row.chunk, False, self.start, self.start, rest)
 

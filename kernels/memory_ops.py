@@ -332,3 +332,13 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("titans_graph::memory_scan", _backward, setup_context=_setup_context)
+
+
+def once_only(*_: Any) -> Any:
+    """The gradient of a gradient: there is none."""
+    raise UsageError(
+        "the memory's kernels know first derivatives only; take kernel='reference' where gradients are differentiated again"
+    )
+
+
+torch.library.register_autograd("titans_graph::memory_scan_backward", once_only)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from titans_graph.errors import UsageError
 from titans_graph.kernels.memory_objectives import Objective, parse_objective
+from titans_graph.kernels.memory_ops import once_only
 from titans_graph.kernels.networks import Network, parse_network
 from titans_graph.kernels.triton_config import Sizes, available, current_arch, interpreted
 from titans_graph.kernels.triton_plan import Plan, grid_plan, packed_chunks, packed_plan
@@ -300,3 +301,6 @@ def memory_triton(
     y, *ends = flat[:4]
     anchor, weights, momenta = (part(end, like) for end, like in zip(ends, state[:3], strict=True))
     return y, anchor, weights, momenta
+
+
+torch.library.register_autograd("titans_graph::memory_triton_backward", once_only)

@@ -364,3 +364,22 @@ def test_threads_build_bodies_one_after_the_other() -> None:
     with ThreadPoolExecutor(3) as pool:
         for chunk, y in zip((2, 3, 5), pool.map(run, (2, 3, 5)), strict=True):
             assert error(y, memorise("linear", t.weights, *streams, **gates, chunk=chunk)[0]) <= 1e-12
+
+
+def test_second_derivatives_are_a_named_error_or_the_reference() -> None:
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 6, 4, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    weights = {"w": torch.randn(1, 1, 4, 4, generator=g, dtype=torch.float64, requires_grad=True)}
+    step = torch.full((1, 1, 6), 0.1, dtype=torch.float64)
+
+    def slope(kernel: str) -> Tensor:
+        y, _ = tg.neural_memory("linear", weights, q, k, v, step=step, chunk=4, kernel=kernel)
+        (first,) = torch.autograd.grad(y.pow(3).sum(), k, create_graph=True)
+        return first.square().sum()
+
+    for kernel in ("chunk", "auto"):
+        with pytest.raises(UsageError, match="first derivatives only; take kernel='reference'"):
+            slope(kernel).backward()  # type: ignore[no-untyped-call]
+    (second,) = torch.autograd.grad(slope("reference"), v)
+    assert second.isfinite().all()
+    assert second.abs().max() > 0
