@@ -202,11 +202,13 @@ def test_demo(tmp_path: Path, text: Path, replace: Replace, monkeypatch: pytest.
         "README",
         "titans-graph show mac --set dim=8",
         "eval",
-        "def read_file",
+        "goes on after 'the quick '",
     ):
         assert part in shown
     assert main([*arguments, "--fresh"]) == 0
     assert (tmp_path / "demo" / "mac.1").is_dir()
+    assert main(["demo", "--help"]) == 0
+    assert f"(default: {demo.MINUTES:g})" in capsys.readouterr().out
 
 
 def test_a_missing_extra_is_named(quick_train: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

@@ -28,6 +28,7 @@ def test_the_demo_compares_and_draws(tmp_path: Path) -> None:
     for word in ("first", "second", "bigram", "bzip2", "parameters", "state", "bytes per second"):
         assert word in table
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert result.prompt == "the quick "
     assert result.sample
     first, second = result.rows
     assert first.windows == second.windows, "same model, same batches"

@@ -155,8 +155,8 @@ def run_demo(options: argparse.Namespace) -> int:
     if result.signal:
         print_note("stopped; the same command goes on from there")
         return 128 + result.signal
-    print(f"\n{demo.table(result, demo.CONFIG)}\n\nthe {result.rows[0].name} goes on after {demo.PROMPT!r}:\n")
-    print(f"{demo.PROMPT}{result.sample}\n")
+    print(f"\n{demo.table(result, demo.CONFIG)}\n\nthe {result.rows[0].name} goes on after {result.prompt!r}:\n")
+    print(f"{result.prompt}{result.sample}\n")
     print(f"loss curves: {options.out / 'loss.png'}\n{_next_steps(options.out / result.rows[0].name, data.opening())}")
     return 0
 

@@ -19,7 +19,7 @@ import torch
 from titans_graph.errors import UsageError
 from titans_graph.runtime.denormals import flushed
 from titans_graph.tasks.floors import Floors, floors
-from titans_graph.tasks.text import Text
+from titans_graph.tasks.text import STANDARD, Text
 from titans_graph.training import figures, folder, logs, plan
 from titans_graph.training.config import TrainConfig
 from titans_graph.training.evaluate import bits_per_byte
@@ -46,6 +46,7 @@ CONFIG = TrainConfig(
     eval_restart=256,
 )
 PROMPT = "def read_file(path):\n    "
+"""What the sample goes on after where the text is Python; elsewhere, the first words of the text."""
 SAMPLE = 300
 
 Load = Callable[..., LanguageModel]
@@ -71,6 +72,7 @@ class DemoResult:
     rows: tuple[Row, ...]
     floors: Floors
     steps: int
+    prompt: str
     sample: str
     signal: int = 0
 
@@ -101,13 +103,14 @@ def demo(
         results = _train(built, text, config, out, note, progress)
         stopped = [result.signal for result in results.values() if result.signal]
         if stopped:
-            return DemoResult((), found, config.steps, "", stopped[0])
+            return DemoResult((), found, config.steps, "", "", stopped[0])
         records = {name: logs.read(out / name) for name in built}
         rows = tuple(_row(name, model, results[name], records[name], text, config) for name, model in built.items())
-        sample = "".join(generate(next(iter(built.values())), PROMPT, tokens=SAMPLE, seed=config.seed))
+        prompt = PROMPT if text.name == STANDARD else f"{text.opening()} ".lstrip()
+        sample = "".join(generate(next(iter(built.values())), prompt, tokens=SAMPLE, seed=config.seed))
     shown = {"bigram": found.bigram, "bzip2": found.bzip2}
     figures.loss_curves(out / "loss.png", records, shown, f"{config.steps} steps on the {text.name}")
-    return DemoResult(rows, found, config.steps, sample)
+    return DemoResult(rows, found, config.steps, prompt, sample)
 
 
 def _train(
