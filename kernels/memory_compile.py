@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from titans_graph.kernels.memory_chunk import Form, memory_chunk, step_scale
+from titans_graph.kernels.memory_objectives import REPLACED
 from titans_graph.kernels.turns import Building
 
 log = logging.getLogger("titans_graph.kernels")
@@ -34,6 +35,7 @@ FORWARD, ADVANCE, PULLBACK = "forward", "advance", "pullback"
 """What is built of a chunk: everything; only the state after it; and the vector-Jacobian product of everything."""
 
 _COMPILED: dict[Signature, Body] = {}
+REPLACED.append(_COMPILED.clear)
 
 COMING: dict[Signature, Callable[[], None]] = {}
 """Bodies that another process is building (:mod:`~titans_graph.kernels.memory_prebuild`): call to wait for one."""

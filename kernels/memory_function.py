@@ -138,6 +138,7 @@ def neural_memory(
     ``kernel="reference"``. A token that is not finite spoils its whole chunk. Raises :class:`UsageError` where shapes,
     names or settings do not fit.
     """
+    check_tensors(q=q, k=k, v=v, step=step, log_momentum=log_momentum, log_keep=log_keep)
     text, goal, shapes = described(network, objective, q.shape[-1])
     if state is None:
         if weights is None:
@@ -183,6 +184,20 @@ def described(
     """Canonical texts of network and objective, names and shapes of the weights: constants, which tracing may bring back."""
     net = parse_network(network)
     return net.text(), parse_objective(objective).text(), tuple(net.weights(dim).items())
+
+
+def check_tensors(q: object, **others: object) -> None:
+    """A :class:`UsageError` for what is no tensor, with the shape that is wanted; gates may be left out."""
+    if not isinstance(q, Tensor) or q.dim() != 4:
+        got = f"of shape {list(q.shape)}" if isinstance(q, Tensor) else f"a {type(q).__name__}"
+        raise UsageError(f"q must be a tensor [B, H, T, d], not {got}")
+    for name, given in others.items():
+        gate = name in ("step", "log_momentum", "log_keep")
+        if isinstance(given, Tensor) or (given is None and gate and name != "step"):
+            continue
+        shape = list(q.shape[: 3 if gate else 4])
+        help = f", for example torch.full({tuple(shape)}, {given})" if isinstance(given, int | float) else ""
+        raise UsageError(f"{name} must be a tensor {shape}{help}, not {given!r:.60}")
 
 
 def complete_gates(step: Tensor, log_momentum: Tensor | None, log_keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -163,7 +163,11 @@ _TABLE: dict[str, _Entry] = {
 }
 
 
-def register_objective(name: str, loss: Loss, *, curvature: Curvature = None, **options: Plain) -> None:
+REPLACED: list[Callable[[], None]] = []
+"""What to call when an objective takes another's place: whoever keeps something made from a loss forgets it."""
+
+
+def register_objective(name: str, loss: Loss, *, curvature: Curvature = None, replace: bool = False, **options: Plain) -> None:
     """Make ``loss`` an objective that specs call ``name``.
 
     ``loss(prediction, value, **options)`` gets tensors ``[..., d]`` and gives ``[..., d]`` or ``[...]``; what is left is
@@ -181,6 +185,10 @@ def register_objective(name: str, loss: Loss, *, curvature: Curvature = None, **
     2 the cap is multiplied by 2 / curvature, below it stays as it is. None: no bound is known; the cap is that of ``l2``, and
     the doctor does not judge the step.
 
+    The same name may be registered again by a function of the same module and name (a notebook cell that runs twice), by
+    another one with ``replace``, never that of one of the project's. Models then take the new loss, except those that went
+    through ``model.compile()`` before: compile them again.
+
     Raises :class:`ObjectiveError` where the name is taken by another function, an option has no plain finite default, the
     loss cannot be called with them, or mixes tokens (it is tried on a few numbers, here and with each choice of options). The
     memory of other processes does not know it: register it where a module is imported that they import too.
@@ -188,11 +196,22 @@ def register_objective(name: str, loss: Loss, *, curvature: Curvature = None, **
     _check_registration(name, loss, curvature, options)
     defaults = {key: _coerced(default, default) for key, default in sorted(options.items())}
     entry = _Entry(loss, defaults, curvature, own=False)
-    if _TABLE.get(name, entry) != entry:
-        raise ObjectiveError(f"objective {name!r} is already registered; choose another name")
+    old = _TABLE.get(name, entry)
+    if old.own or not (replace or old == entry or _same_place(old.loss, loss)):
+        mend = "choose another name" if old.own else "choose another name, or give replace=True"
+        raise ObjectiveError(f"objective {name!r} is already registered; {mend}")
     _check_curvature(name, entry, tuple(defaults.items()))
     _check_tokens(name, loss, tuple(defaults.items()))
     _TABLE[name] = entry
+    if old != entry:
+        for forget in (_parse_text.cache_clear, *REPLACED):
+            forget()
+
+
+def _same_place(old: Any, new: Any) -> bool:
+    """Whether two functions are one that was defined twice; lambdas have no name to tell."""
+    places = [(getattr(f, "__module__", None), getattr(f, "__qualname__", "<lambda>")) for f in (old, new)]
+    return places[0] == places[1] and "<lambda>" not in places[0][1]
 
 
 def _check_registration(name: Any, loss: Any, curvature: Any, options: Mapping[str, Any]) -> None:

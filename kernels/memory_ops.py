@@ -21,7 +21,7 @@ from titans_graph.errors import UsageError
 from titans_graph.kernels.memory_checkpoints import SPARE, slots, spacing
 from titans_graph.kernels.memory_chunk import Form
 from titans_graph.kernels.memory_compile import undisturbed
-from titans_graph.kernels.memory_objectives import parse_objective
+from titans_graph.kernels.memory_objectives import REPLACED, parse_objective
 from titans_graph.kernels.memory_walk import Flags, Walk, added, cut, flags_of, masked, merge, piece, split, where
 from titans_graph.kernels.networks import parse_network
 
@@ -32,6 +32,9 @@ log = logging.getLogger("titans_graph.kernels")
 def form_of(network: str, objective: str, read: str, bounded: bool) -> Form:
     """The static side of a memory from canonical strings."""
     return Form(parse_network(network), parse_objective(objective), read, bounded)
+
+
+REPLACED.append(form_of.cache_clear)
 
 
 @lru_cache(maxsize=64)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from titans_graph.errors import UsageError
 from titans_graph.kernels.memory import check_choices, choose, memory_scan, operand_type
-from titans_graph.kernels.memory_function import Description, Named, check_call, complete_gates, described
+from titans_graph.kernels.memory_function import Description, Named, check_call, check_tensors, complete_gates, described
 from titans_graph.kernels.memory_objectives import Objective
 from titans_graph.kernels.networks import Network
 from titans_graph.kernels.precision import running
@@ -51,6 +51,7 @@ def neural_memory_packed(
     offsets outside 0..T are cut off, falling ones make empty sequences. Raises :class:`UsageError` where shapes, names or
     settings do not fit. To go on inside a chunk, give sequences as rows to ``neural_memory``.
     """
+    check_tensors(q=q, k=k, v=v, step=step, log_momentum=log_momentum, log_keep=log_keep)
     text, goal, shapes = described(network, objective, q.shape[-1])
     check_choices(read, kernel)
     step, log_momentum, log_keep = complete_gates(step, log_momentum, log_keep)

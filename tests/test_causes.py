@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 import titans_graph as tg
 from titans_graph import errors
+from titans_graph.cli import main
 
 HEAD = "titans_graph: 1\n"
 
@@ -105,3 +107,34 @@ blocks:
 def test_a_size_out_of_range_says_the_range(dim: int) -> None:
     messages = {d.message: d.help for d in tg.check("blocks/lmm", dim=dim)}
     assert messages[f"input 'x' cannot have the size {dim}"] == "a size is a whole number from 1 to 2147483648"
+
+
+def test_a_model_larger_than_the_machine_is_a_mistake_with_its_place(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "mac", "--set", "dim=2000000"]) == 1
+    place, line, caret, help = capsys.readouterr().err.splitlines()
+    assert re.search(r"mac\.yaml:\d+:\d+: error: the model 'mac' up to node '.*': [\d,.]+ GB are more than the", place)
+    assert line.split("|")[1].strip()
+    assert caret.endswith("^")
+    assert help == "  help: smaller sizes (dim, hidden, heads, layers, vocab), or a machine with more memory"
+    with pytest.raises(tg.SpecError) as caught:
+        tg.load("mac", dim=2000000)
+    assert [type(d) for d in caught.value.diagnostics] == [errors.LimitExceeded]
+
+
+@pytest.mark.parametrize(
+    ("value", "help"),
+    [
+        ("slow", "write eps: a number (by default 1e-06); it is added to the mean square"),
+        ("-1", "write eps: at least 0.0 (by default 1e-06); it is added to the mean square"),
+    ],
+)
+def test_the_help_of_a_wrong_value_says_what_to_write(tmp_path: Path, value: str, help: str) -> None:
+    text = f"input: {{x: [B, T, 8]}}\nnodes:\n  y: {{use: norm.rms, in: x, eps: {value}}}\noutput: y\n"
+    (found,) = check(tmp_path, text)
+    assert found.help == help
+
+
+def test_a_tab_is_answered_with_spaces(tmp_path: Path) -> None:
+    (found,) = check(tmp_path, "input: {x: [B, T, 8]}\nnodes:\n\ty: {use: norm.rms, in: x}\noutput: y\n")
+    assert isinstance(found, errors.SyntaxProblem)
+    assert found.help == "indent with spaces: YAML takes no tabs there"

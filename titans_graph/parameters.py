@@ -92,7 +92,7 @@ def _check_value(spec: dataclasses.Field[Any], hint: Any, value: Any) -> Paramet
     name, meta = spec.name, spec.metadata
     if not _fits(hint, value):
         message = f"parameter {name!r} must be {_type_name(hint)}, got {_shown(value)}"
-        return ParameterProblem(WrongType, name, message, meta.get("doc", ""))
+        return ParameterProblem(WrongType, name, message, _mend(spec, _type_name(hint)))
     choices = meta.get("choices") or ()
     if choices and value not in choices:
         message = f"parameter {name!r} must be one of {', '.join(map(repr, choices))}, got {_shown(value)}"
@@ -101,8 +101,20 @@ def _check_value(spec: dataclasses.Field[Any], hint: Any, value: Any) -> Paramet
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if number and ((low is not None and value < low) or (high is not None and value > high)):
         bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-        return ParameterProblem(WrongType, name, f"parameter {name!r} must be {bounds}, got {value}", meta.get("doc", ""))
+        return ParameterProblem(WrongType, name, f"parameter {name!r} must be {bounds}, got {value}", _mend(spec, bounds))
     return None
+
+
+def _mend(spec: dataclasses.Field[Any], wanted: str) -> str:
+    """What to write, and what it means."""
+    default = "" if spec.default is dataclasses.MISSING else f" (by default {_word(spec.default)})"
+    meaning = spec.metadata.get("doc", "")
+    return f"write {spec.name}: {wanted}{default}" + (f"; it is {meaning}" if meaning else "")
+
+
+def _word(value: Any) -> str:
+    """A value as a spec writes it."""
+    return {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
 
 
 def _fits(hint: Any, value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -95,6 +96,50 @@ def test_wrong_registrations() -> None:
         register_objective("test cosine", cosine)
     with pytest.raises(ObjectiveError, match="needs a function"):
         register_objective("test_nothing", None)  # type: ignore[arg-type]
+
+
+def parabola(scale: float) -> Callable[..., Tensor]:
+    """A loss as a notebook cell defines it: each call another function of the same name."""
+
+    def loss(prediction: Tensor, value: Tensor) -> Tensor:
+        return scale * (prediction - value).square()
+
+    return loss
+
+
+def written(objective: str, kernel: str) -> Tensor:
+    """The weights after some tokens."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 1, 6, 3).unbind(0)
+    step = torch.full((1, 1, 6), 0.1)
+    weights = {"w": torch.randn(1, 1, 3, 3)}
+    _, state = tg.neural_memory("linear", weights, q, k, v, step=step, chunk=3, objective=objective, kernel=kernel)
+    return state.weights["w"]
+
+
+@pytest.mark.parametrize(
+    "kernel", ["reference", "chunk", pytest.param("compiled", marks=[pytest.mark.compile, pytest.mark.nightly])]
+)
+def test_a_cell_that_runs_again_gives_its_new_loss(kernel: str) -> None:
+    register_objective("test_cell", parabola(3.0), curvature=6.0)
+    before = written("test_cell", kernel)
+    register_objective("test_cell", parabola(1.0), curvature=2.0)
+    assert torch.allclose(written("test_cell", kernel), written("l2", "reference"), atol=1e-5)
+    assert not torch.allclose(written("test_cell", kernel), before, atol=1e-2)
+    assert parse_objective("test_cell").curvature == 2.0
+
+
+def test_another_loss_takes_a_name_only_when_asked() -> None:
+    register_objective("test_taken", parabola(1.0))
+    with pytest.raises(ObjectiveError, match="choose another name, or give replace=True"):
+        register_objective("test_taken", lambda p, v: (p - v).square())
+    register_objective("test_taken", lambda p, v: (p - v).square(), replace=True, curvature=2.0)
+    with pytest.raises(ObjectiveError, match="already registered"):
+        register_objective("test_taken", lambda p, v: (p - v).abs())
+    with pytest.raises(ObjectiveError, match=r"'l2' is already registered; choose another name$"):
+        register_objective("l2", parabola(1.0), replace=True)
+    register_objective("test_taken", log_cosh, replace=True, width=1.0)
+    assert parse_objective("test_taken").options == (("width", 1.0),)
 
 
 @pytest.mark.parametrize(

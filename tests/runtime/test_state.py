@@ -169,3 +169,13 @@ def test_the_order_of_blocks_does_not_matter_to_a_state(tmp_path: Path) -> None:
         model(torch.randn(1, 3, 4))[1].save(tmp_path / "s.safetensors")
         (tmp_path / "spec.yaml").write_text(model.spec)
         assert tg.State.load(tg.load(tmp_path / "spec.yaml"), tmp_path / "s.safetensors").position.tolist() == [3]
+
+
+def test_a_state_that_cannot_be_written_says_where_and_why(tmp_path: Path) -> None:
+    state = small("blocks/lmm").initial_state(1)
+    with pytest.raises(tg.StateError, match=r"cannot write state to .*none/s\.st: there is no folder .*none; make it first"):
+        state.save(tmp_path / "none" / "s.st")
+    with pytest.raises(tg.StateError, match=r"cannot write state to .*: Is a directory; is it a folder"):
+        state.save(tmp_path)
+    state.save(tmp_path / "s.st")
+    assert [p.name for p in tmp_path.iterdir()] == ["s.st"]

@@ -24,9 +24,16 @@ def machine_memory() -> int:
     return min((n for n in known if n > 0), default=0)
 
 
-def demand(size: int, what: str, help: str = "") -> None:
-    """UsageError where ``size`` bytes for ``what`` are more than the machine has."""
+def excess(size: int, what: str) -> str:
+    """What there is to say where ``size`` bytes for ``what`` are more than the machine has; else an empty string."""
     memory = machine_memory()
-    if memory and size > memory:
-        hint = f"\n  help: {help}" if help else ""
-        raise UsageError(f"{what}: {size / 1e9:,.1f} GB are more than the {memory / 1e9:,.1f} GB of this machine{hint}")
+    if not memory or size <= memory:
+        return ""
+    return f"{what}: {size / 1e9:,.1f} GB are more than the {memory / 1e9:,.1f} GB of this machine"
+
+
+def demand(size: int, what: str, help: str) -> None:
+    """UsageError where ``size`` bytes for ``what`` are more than the machine has."""
+    problem = excess(size, what)
+    if problem:
+        raise UsageError(f"{problem}\n  help: {help}")

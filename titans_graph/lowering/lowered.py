@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from titans_graph.errors import UsageError, shortened
+from titans_graph.errors import LimitExceeded, SpecError, shortened
 from titans_graph.lowering.code import input_names, local_name, lower
-from titans_graph.lowering.demand import demand
+from titans_graph.lowering.demand import excess
 from titans_graph.passes import Compilation, Pass, Region
+from titans_graph.passes.compilation import FlatNode
 
 
 @dataclass(frozen=True)
@@ -105,19 +106,22 @@ def build_modules(c: Compilation) -> Holder:
 
 
 def _component(c: Compilation, name: str) -> nn.Module:
-    """The component of a node; UsageError where torch cannot make its tensors."""
+    """The component of a node; SpecError where torch cannot make its tensors."""
     node = c.nodes[name]
     try:
         return node.component(c.sites[name])  # type: ignore[call-arg, return-value]
     except (RuntimeError, MemoryError, OverflowError) as error:
         reason = str(error).partition("\n")[0]
-        raise UsageError(
-            f"node {node.declared!r}: {node.use} of this size cannot be made ({shortened(reason, 200)})"
-        ) from error
+        raise _too_large(node, f"{node.use} of this size cannot be made ({shortened(reason, 200)})") from error
+
+
+def _too_large(node: FlatNode, message: str) -> SpecError:
+    help = "smaller sizes (dim, hidden, heads, layers, vocab), or a machine with more memory"
+    return SpecError([LimitExceeded(message, node.span, node.declared, help)])
 
 
 def _check_size(c: Compilation) -> int:
-    """The bytes of state of one row; UsageError where they, or the parameters, are more than the machine has.
+    """The bytes of state of one row; SpecError where they, or the parameters, are more than the machine has.
 
     Everything is made once without memory, on torch's device ``meta``: a few milliseconds, whatever the sizes.
     """
@@ -127,7 +131,10 @@ def _check_size(c: Compilation) -> int:
             module: Any = _component(c, name)
             parameters += sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
             row += sum(t.nbytes for t in module.initial_state(1).values()) if c.nodes[name].component.stateful else 0
-            demand(max(parameters, row), f"the model {c.graph.name!r:.100} up to node {c.nodes[name].declared!r:.100}")
+            what = f"the model {c.graph.name!r:.100} up to node {c.nodes[name].declared!r:.100}"
+            problem = excess(max(parameters, row), what)
+            if problem:
+                raise _too_large(c.nodes[name], problem)
     return row
 
 

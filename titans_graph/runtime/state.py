@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils._pytree as pytree
+from safetensors import SafetensorError
 from torch import Tensor
 
-from titans_graph.errors import StateError
+from titans_graph.errors import StateError, shortened
 from titans_graph.runtime import files
 
 if TYPE_CHECKING:
@@ -143,13 +144,20 @@ class State:
         return index
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the state as safetensors with a checksum, atomically (a reader never sees half a file)."""
+        """Write the state as safetensors with a checksum, atomically (a reader never sees half a file).
+
+        StateError where the file cannot be written.
+        """
         path = Path(path)
+        if not path.parent.is_dir():
+            raise StateError(f"cannot write state to {path}: there is no folder {path.parent}; make it first")
         tensors = {k: t.detach().cpu().contiguous().clone() for k, t in self._tensors().items()}
         try:
             files.write(path, tensors, {"format": FORMAT, "kind": "state", "fingerprint": self.fingerprint})
-        except OSError as error:
-            raise StateError(f"cannot write state to {path}: {error}") from error
+        except (OSError, SafetensorError) as error:
+            reason = (error.strerror if isinstance(error, OSError) else "") or str(error).partition("{")[0].strip()
+            help = "is it a folder, is the disk full, and may you write there?"
+            raise StateError(f"cannot write state to {path}: {shortened(reason, 300)}; {help}") from error
 
     @staticmethod
     def load(model: Model, path: str | os.PathLike[str]) -> State:

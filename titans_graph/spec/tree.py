@@ -144,7 +144,9 @@ class _Composer:
             mark = error.problem_mark or error.context_mark
             span = self.source.span(mark.line, mark.column) if mark else self.source.span(0, 0)
             context = f" ({error.context})" if error.context else ""
-            self.problem(SyntaxProblem, f"{error.problem or 'not well-formed'}{context}", span)
+            found = str(error.problem or "not well-formed")
+            help = "indent with spaces: YAML takes no tabs there" if "'\\t'" in found else ""
+            self.problem(SyntaxProblem, f"{found}{context}", span, help)
         except yaml.reader.ReaderError as error:
             code = error.character if isinstance(error.character, int) else ord(str(error.character)[:1] or "\0")
             self.problem(SyntaxProblem, f"character U+{code:04X} is not allowed", self.source.offset(error.position))
