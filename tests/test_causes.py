@@ -110,14 +110,18 @@ def test_a_size_out_of_range_says_the_range(dim: int) -> None:
 
 
 def test_a_model_larger_than_the_machine_is_a_mistake_with_its_place(capsys: pytest.CaptureFixture[str]) -> None:
+    help = "  help: smaller sizes (dim, hidden, heads, layers, vocab), or a machine with more memory"
     assert main(["check", "mac", "--set", "dim=2000000"]) == 1
-    place, line, caret, help = capsys.readouterr().err.splitlines()
-    assert re.search(r"mac\.yaml:\d+:\d+: error: the model 'mac' up to node '.*': [\d,.]+ GB are more than the", place)
-    assert line.split("|")[1].strip()
-    assert caret.endswith("^")
-    assert help == "  help: smaller sizes (dim, hidden, heads, layers, vocab), or a machine with more memory"
+    printed = capsys.readouterr().err
+    assert re.search(r"mac\.yaml:\d+:\d+$", printed, re.MULTILINE)
+    assert printed.splitlines()[-1] == help
     with pytest.raises(tg.SpecError) as caught:
         tg.load("mac", dim=2000000)
+    first, line, caret, last = str(caught.value).splitlines()
+    assert re.search(r"mac\.yaml:\d+:\d+: error: the model 'mac' up to node '.*': [\d,.]+ GB are more than the", first)
+    assert line.split("|")[1].strip()
+    assert caret.endswith("^")
+    assert last == help
     assert [type(d) for d in caught.value.diagnostics] == [errors.LimitExceeded]
 
 

@@ -5,7 +5,7 @@ Markers in the documents, each on a line of its own before a fenced block or aro
 - ``<!-- file: NAME -->``          the block is written to NAME in the folder that the document's examples run in;
 - ``<!-- output: titans-graph ... -->``  the block is what the command prints; `make golden` writes it anew;
 - ``<!-- nightly: why -->``        the Python block takes long and runs under `make nightly` only;
-- ``<!-- components -->`` ... ``<!-- /components -->`` and the same with ``errors`` and ``defects``: generated tables.
+- ``<!-- components -->`` ... ``<!-- /components -->`` and the same with ``api``, ``errors`` and ``defects``: generated.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 
+from tests.api import api
 from tests.test_imports import LAYERS
 from titans_graph import errors, registry
 from titans_graph.cli import main
@@ -221,4 +222,9 @@ def defect_tables() -> str:
     return tables()
 
 
-GENERATED: dict[str, Callable[[], str]] = {"components": components, "errors": error_table, "defects": defect_tables}
+GENERATED: dict[str, Callable[[], str]] = {
+    "api": lambda: f"\n{api()}",
+    "components": components,
+    "errors": error_table,
+    "defects": defect_tables,
+}
