@@ -38,9 +38,6 @@ TENSOR_MEMORY_LIMIT = 512
 MATRIX = {"sm_80": r"\bHMMA\b", "sm_90": r"\bHGMMA\b", "sm_100": r"\bUTC\w*MMA\b", "gfx942": r"\bv_mfma_"}
 """The instructions of each chip's fastest matrix unit; 32-bit operands take others."""
 
-KNOWN_SPILLS = {("mlp_reverse", Sizes(64, 128, 256, activation="silu"), "sm_90"): 24}
-"""Bytes of stack of what was found no configuration for without any."""
-
 SPILLS = r"\b(?:STL|LDL)\b"
 
 
@@ -77,10 +74,8 @@ class Budget:
         return found
 
     def spilled(self) -> list[str]:
-        """What is moved between registers and memory for want of registers; empty where nothing is, or no more than known."""
-        if self.stack <= KNOWN_SPILLS.get((self.kernel, self.sizes, self.target), 0):
-            return []
-        return [f"{self.stack} bytes of stack, {self.spills} instructions that spill"]
+        """What is moved between registers and memory for want of registers; empty where nothing is."""
+        return [f"{self.stack} bytes of stack, {self.spills} instructions that spill"] if self.stack else []
 
 
 @dataclass(frozen=True)

@@ -117,9 +117,10 @@ def mlp_reverse_kernel(
     row = (number * heads + h) * size
     first = tl.load(sequences + number * 5) + h * stride
     where = tl.load(sequences + number * 5 + 1)
-    length = tl.load(sequences + number * 5 + 2)
-    base = tl.load(sequences + number * 5 + 3)
-    last_first = tl.load(sequences + number * 5 + 4)
+    # Registers are scarce: what counts slots and chunks takes 32 bits.
+    length = tl.load(sequences + number * 5 + 2).to(tl.int32)
+    base = tl.load(sequences + number * 5 + 3).to(tl.int32)
+    last_first = tl.load(sequences + number * 5 + 4).to(tl.int32)
     count = (length + C - 1) // C
     i = tl.arange(0, C)
     tokens = grid_of(C, D)
@@ -132,7 +133,7 @@ def mlp_reverse_kernel(
     part = i[:, None] * D + tl.arange(0, ROWS)[None, :]
     for back in tl.range(0, count, num_stages=1):
         c = count - 1 - back
-        at = (base + c) * heads + h
+        at = (base + c).to(tl.int64) * heads + h
         _, _, flags = chunk_place(chunks, base + c)
         begins = (flags & 1) != 0
         now_m = m_states + at * size
@@ -153,17 +154,17 @@ def mlp_reverse_kernel(
             d_one = dot(keys_m, tl.load(d_m + row + (tile + j)).to(operand))
             d_one = add_dot(d_one, keys_s, tl.load(d_s + row + (tile + j)).to(operand))
             if MIXED:
-                d_one += tl.load(d_delta_one + wide + (columns + j)).to(tl.float32)
+                d_one += tl.load(d_delta_one + (wide + j) + columns).to(tl.float32)
             # From here on, bend and d_delta_one hold what the loops below need of d_one.
-            bent = d_one * tl.load(bend + wide + (columns + j)).to(tl.float32)
-            tl.store(bend + wide + (columns + j), bent.to(operand))
-            turn = (d_one * tl.load(slope + wide + (columns + j)).to(tl.float32)).to(operand)
-            tl.store(d_delta_one + wide + (columns + j), turn)
+            bent = d_one * tl.load(bend + (wide + j) + columns).to(tl.float32)
+            tl.store(bend + (wide + j) + columns, bent.to(operand))
+            turn = (d_one * tl.load(slope + (wide + j) + columns).to(tl.float32)).to(operand)
+            tl.store(d_delta_one + (wide + j) + columns, turn)
         tl.debug_barrier()
         for j in range(0, HIDDEN, TILE):
-            active = tl.load(hidden + wide + (columns + j))
+            active = tl.load(hidden + (wide + j) + columns)
             two = key_tile(now_m + layer, anchor + row + layer, tile + j, begins, RESUMED)
-            d_delta = add_dot(d_delta, tl.load(d_delta_one + wide + (columns + j)), tl.trans(two))
+            d_delta = add_dot(d_delta, tl.load(d_delta_one + (wide + j) + columns), tl.trans(two))
             two = tl.load(d_m + row + layer + (tile + j)).to(operand)
             d_delta = add_dot(d_delta, (active * last).to(operand), tl.trans(two))
             two = tl.load(d_s + row + layer + (tile + j)).to(operand)
@@ -188,16 +189,16 @@ def mlp_reverse_kernel(
             d_x = add_dot(d_x, delta_m, tl.load(d_m + row + layer + (tile + j)).to(operand))
             d_x = add_dot(d_x, delta_s, tl.load(d_s + row + layer + (tile + j)).to(operand))
             if MIXED:
-                d_x += tl.load(d_hidden + wide + (columns + j)).to(tl.float32)
-            d_z = d_x * tl.load(slope + wide + (columns + j)).to(tl.float32)
-            d_z = (d_z + tl.load(bend + wide + (columns + j)).to(tl.float32)).to(operand)
-            tl.store(bend + wide + (columns + j), d_z)
+                d_x += tl.load(d_hidden + (wide + j) + columns).to(tl.float32)
+            d_z = d_x * tl.load(slope + (wide + j) + columns).to(tl.float32)
+            d_z = (d_z + tl.load(bend + (wide + j) + columns).to(tl.float32)).to(operand)
+            tl.store(bend + (wide + j) + columns, d_z)
         tl.debug_barrier()
         for n in range(STEPS):
             j = n % (HIDDEN // TILE) * TILE
             e = n // (HIDDEN // TILE) * ROWS
             some_keys = tl.load(k + slots + (part + e), mask=ok[:, None], other=0.0)
-            d_z = tl.load(bend + wide + (columns + j))
+            d_z = tl.load(bend + (wide + j) + columns)
             retreat_layer(
                 d_m + row, d_s + row, d_anchor + row, start_d_m + row, start_d_s + row, into_m + at * size,
                 into_s + at * size, half + (e * HIDDEN + j), dot(tl.trans(some_keys), d_z), keep, push, surprise_end, begins,
@@ -210,8 +211,8 @@ def mlp_reverse_kernel(
             e = n // (HIDDEN // TILE) * ROWS
             some_delta = tl.load(deltas + at * C * D + (part + e))
             turned = tl.load(d_delta_two + at * C * D + (part + e))
-            by_keys = dot(tl.trans(turned), tl.load(hidden + wide + (columns + j)))
-            by_keys = add_dot(by_keys, tl.trans(some_delta), tl.load(d_delta_one + wide + (columns + j)))
+            by_keys = dot(tl.trans(turned), tl.load(hidden + (wide + j) + columns))
+            by_keys = add_dot(by_keys, tl.trans(some_delta), tl.load(d_delta_one + (wide + j) + columns))
             retreat_layer(
                 d_m + row, d_s + row, d_anchor + row, start_d_m + row, start_d_s + row, into_m + at * size,
                 into_s + at * size, half + (e * HIDDEN + j) + layer, by_keys, keep, push, surprise_end, begins, restarts,
