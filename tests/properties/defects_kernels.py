@@ -121,7 +121,7 @@ MEMORY = (
     defect(
         "anchor late for single tokens in training",
         "where gradients are recorded, a single token that begins a chunk takes its gradient at the weights of the one before",
-        ("kernels.memory:memory_step", "(place % chunk == 0)", "(place % chunk == 1 % chunk)"),
+        ("kernels.memory:_step", "(place % chunk == 0)", "(place % chunk == 1 % chunk)"),
     ),
     defect(
         "anchor late for single tokens",
@@ -132,7 +132,7 @@ MEMORY = (
     defect(
         "past surprise of the ring does not fade",
         "decoding keeps the momentum of the last tokens as it was",
-        ("kernels.memory_lazy:lazy_step", "torch.where(here, theta, eta * s)", "torch.where(here, theta, s)"),
+        ("kernels.memory_lazy:_portable", "torch.where(here, theta, eta * s)", "torch.where(here, theta, s)"),
     ),
     defect(
         "ring written without its newest token",
@@ -171,16 +171,16 @@ MEMORY = (
     defect(
         "forgetting applied after the write, for single tokens",
         "M = keep (M + S) for single tokens",
-        ("kernels.memory_lazy:lazy_step", "keep * w + s, keep * a0", "keep * (w + s), keep * a0"),
+        ("kernels.memory_lazy:_portable", "keep * w + s, keep * a0", "keep * (w + s), keep * a0"),
     ),
     defect(
         "forgetting applied after the write, everywhere",
         "M = keep (M + S) in every program, which all agree",
-        ("kernels.memory:memory_step", "_rows(keep, m) * m + s", "_rows(keep, m) * (m + s)"),
+        ("kernels.memory:_step", "_rows(keep, m) * m + s", "_rows(keep, m) * (m + s)"),
         ("kernels.memory_reference:memory_reference", "_rows(keep, m) * m + s", "_rows(keep, m) * (m + s)"),
         ("kernels.memory_chunk:mixing", "torch.bmm(keep[..., 1:],", "torch.bmm(keep[..., :-1].tril(),"),
         (
-            "kernels.memory_lazy:lazy_step",
+            "kernels.memory_lazy:_portable",
             "keep * w + s, keep * a0, keep * f + e0",
             "keep * (w + s), keep * a0, keep * (f + e0)",
         ),
@@ -194,8 +194,8 @@ MEMORY = (
         "read before taken for after, everywhere",
         "all programs answer with the token's own write",
         ("kernels.memory_chunk:mixing", 'if read == "before":', "if False:"),
-        ("kernels.memory:memory_step", '"before": before,', '"before": after,'),
-        ("kernels.memory_lazy:lazy_step", "else new.before(_all_to(dtype, (w, a0, f)))", "else new"),
+        ("kernels.memory:_step", '"before": before,', '"before": after,'),
+        ("kernels.memory_lazy:_portable", "else new.before(_all_to(dtype, (w, a0, f)))", "else new"),
         ("kernels.memory_reference:memory_reference", '"before": before,', '"before": after,'),
     ),
     defect(
@@ -216,7 +216,7 @@ MEMORY = (
     defect(
         "step not bounded by the weights, for single tokens",
         "decoding leaves out the bound of the chunk's first weights",
-        ("kernels.memory_lazy:lazy_step", "if bounded:", "if False:"),
+        ("kernels.memory_lazy:_portable", "if bounded:", "if False:"),
     ),
     defect(
         "gradient through the step's bound",
