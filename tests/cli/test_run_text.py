@@ -96,8 +96,10 @@ def test_a_run_on_the_standard_library_needs_no_path(monkeypatch: pytest.MonkeyP
         {"data": {"name": "a sentence", "identity": "x", "path": None}},
         {"data": {"name": 3, "path": 4}},
         {"data": {"name": "gone.txt", "identity": "x"}},
-        {"data": {"name": "x", "path": "a\0b\x1b[2J"}},
-        {"data": {"name": "x", "path": "a" * 5000}},
+        {"data": {"name": "x", "path": ""}},
+        {"data": {"name": "x", "path": "."}},
+        {"data": {"name": "x", "path": "/a\0b\x1b[2J"}},
+        {"data": {"name": "x", "path": "/" + "a" * 5000}},
     ],
 )
 def test_a_run_that_does_not_say_where_its_text_is(identity: Any) -> None:

@@ -106,10 +106,11 @@ def log(data: bytes, scratch: Path) -> Outcome:
 
 @functools.cache
 def _identity() -> bytes:
-    data = {"name": "a text", "identity": "abc", "bytes": 1200}
+    data = {"name": "a text", "identity": "abc", "bytes": 1200, "path": "/a/text"}
+    init = {"path": "/another/run", "step": 7, "sha256": "def"}
     spec = _speaker().spec
     found = {"fingerprint": _speaker().fingerprint, "spec": spec, "data": data, "config": TrainConfig(steps=2).identity()}
-    return json.dumps(found, indent=1).encode()
+    return json.dumps({**found, "init": init}, indent=1).encode()
 
 
 def draw_identity(draw: Random) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -114,7 +115,7 @@ def _place(data: dict[str, Any]) -> tuple[str | None, str]:
     """Where a run's text was (None: nowhere, or the standard library), and its name; anybody may have written ``data``."""
     path, name = data.get("path"), data.get("name")
     name = name if isinstance(name, str) else ""
-    path = path if isinstance(path, str) else None
+    path = path if isinstance(path, str) and os.path.isabs(path) else None
     if "path" not in data and name != tasks.STANDARD:
         path = name or None  # a run of an earlier version noted the path as it was given, and nothing else
     return path, reading.shown(name)
