@@ -144,11 +144,11 @@ def lazy_milliseconds(row: Row) -> tuple[float, str]:
 def eager_steps(row: Row) -> dict[str, Callable[[], object]]:
     """The update of every token, as PyTorch's operations and, where Inductor can, compiled; both as CUDA graphs.
 
-    The state is in the type of the tokens, as it is for the lazy form.
+    The state is in float32, as it is for the lazy form.
     """
     x = rows.make(row, torch.bfloat16, "cuda")
     tokens = [s[:, :, 70:71].contiguous() for s in x.tokens]
-    anchor, rest = ([w.to(torch.bfloat16) for w in values] for values in x.state[3:])
+    anchor, rest = x.state[3:]
     args = (anchor, anchor, rest, anchor, rest, *tokens, x.valid[:, 70:71], x.position[:, 70:71].contiguous())
     step: Any = memory_step  # called with unpacked arguments, which no checker follows
     whole: Any = torch.compile(step, dynamic=False)
