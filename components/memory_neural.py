@@ -373,7 +373,7 @@ class NeuralMemory(Component, nn.Module):
 
     def _controls(self, write: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``theta``, ``log eta`` and ``log (1 - alpha)``, each ``[B, H, G]``."""
-        parts = running(self.controls(write)).view(*write.shape[:-1], -1, self.p.heads).movedim(1, -1).unbind(1)
+        parts = torch.unflatten(running(self.controls(write)), -1, (-1, self.p.heads)).movedim(1, -1).unbind(1)
         step = self.p.max_step * parts[0].sigmoid()
         log_momentum = torch.full_like(step, -torch.inf)
         if self.p.momentum:

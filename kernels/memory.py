@@ -131,7 +131,7 @@ def operand_type(q: Tensor, weight: torch.dtype) -> torch.dtype:
 
     Autocast cannot be left to the tokens: norms and sums, and whatever is made of them, are float32 under it.
     """
-    if torch.is_autocast_enabled(q.device.type):
+    if q.device.type != "meta" and torch.is_autocast_enabled(q.device.type):  # torch knows no autocast on meta
         return torch.get_autocast_dtype(q.device.type)
     return q.dtype if q.dtype.itemsize < 4 else torch.promote_types(q.dtype, weight)
 

@@ -212,3 +212,12 @@ def test_a_call_does_not_settle_what_single_tokens_put_off() -> None:
         assert isinstance(state.nodes, Stepping)
         model(example(model, 1, 1), state)
         assert not state.nodes._settled
+
+
+@pytest.mark.parametrize("name", ["blocks/lmm", "blocks/mac"])
+@pytest.mark.parametrize("tokens", [1, 12])
+def test_no_rows_are_read_like_any_number_of_them(name: str, tokens: int) -> None:
+    model = small(name)
+    y, state = model(example(model, 0, tokens))
+    assert y.shape[:2] == (0, tokens)
+    assert model(example(model, 0, 3), state)[0].shape[:2] == (0, 3)
