@@ -142,3 +142,35 @@ def test_a_tab_is_answered_with_spaces(tmp_path: Path) -> None:
     (found,) = check(tmp_path, "input: {x: [B, T, 8]}\nnodes:\n\ty: {use: norm.rms, in: x}\noutput: y\n")
     assert isinstance(found, errors.SyntaxProblem)
     assert found.help == "indent with spaces: YAML takes no tabs there"
+
+
+MEMORY = """input: {x: [B, T, 8]}
+segment: %s
+nodes:
+  m: {use: memory.neural, in: x, %s}
+  y: {use: add, in: [x, m]}
+output: y
+"""
+
+
+def test_all_mistakes_of_parameters_are_reported_at_once(tmp_path: Path) -> None:
+    found = check(tmp_path, MEMORY % (8, "heads: 3, chunk: -4, network: {mpl: {depth: 2}}"))
+    messages = sorted(d.message.split(",")[0] for d in found)
+    assert messages[0] == "heads 3 do not divide the feature size 8"
+    assert messages[1] == "parameter 'chunk' must be between 1 and 4096"
+    assert "mpl" in messages[2]
+    assert len(found) == 3
+    assert all(d.span and d.span.line == 5 for d in found)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        "heads: 2, chunk: -4",  # the default, 64, is no divisor of the segment, and nobody asked for it
+        "heads: 3, head_dim: -1",  # with a size of their own, heads need not divide
+        "heads: 2, chunk: 4, momentum: 3, max_momentum: 0.5",  # without momentum it would have no effect
+        "heads: two, chunk: 4",
+    ],
+)
+def test_what_hangs_on_a_wrong_parameter_is_not_reported(tmp_path: Path, parameters: str) -> None:
+    assert len(check(tmp_path, MEMORY % (8, parameters))) == 1

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,11 +81,58 @@ def parse_parameters(parameters: type, values: Mapping[str, Any]) -> tuple[Any |
         else:
             problems.append(problem)
     if problems:
-        return None, problems
+        return None, [*problems, *_others(parameters, values, accepted)]
     try:
         return parameters(**accepted), []
     except SiteError as error:
         return None, [ParameterProblem(error.kind, error.key, error.message, error.help)]
+
+
+def stand_ins(parameters: type, values: Mapping[str, Any]) -> list[Any]:
+    """Two instances for values with mistakes, which differ in what stands in their place; none where that cannot be made.
+
+    What is said of both does not hang on a mistake that is reported already, and may be said beside it.
+    """
+    wrong = {problem.key.split("/")[0] for problem in parse_parameters(parameters, values)[1]}
+    hints = parameter_types(parameters)
+    good = {key: _coerce(hints[key], value) for key, value in values.items() if key in hints and key not in wrong}
+    try:
+        return [parameters(**good, **_filled(parameters, good, wrong, i)) for i in (0, -1)]
+    except (SiteError, LookupError):
+        return []
+
+
+def _others(parameters: type, values: Mapping[str, Any], accepted: Mapping[str, Any]) -> list[ParameterProblem]:
+    """What a dataclass refuses of its good values, whatever stands in place of the bad ones."""
+    found = []
+    for i in (0, -1):
+        try:
+            parameters(**accepted, **_filled(parameters, accepted, set(values) - set(accepted), i))
+        except SiteError as error:
+            found.append(ParameterProblem(error.kind, error.key, error.message, error.help))
+        except LookupError:
+            return []
+    same = len(found) == 2 and found[0] == found[1] and found[0].key.split("/")[0] in accepted
+    return found[:1] if same else []
+
+
+def _filled(parameters: type, good: Mapping[str, Any], wrong: Collection[str], i: int) -> dict[str, Any]:
+    """The first or last (``i``) legal value of each field that is wrong, or required and missing; LookupError without one."""
+    hints = parameter_types(parameters)
+    open_fields = [
+        spec
+        for spec in dataclasses.fields(parameters)
+        if spec.name not in good and (spec.name in wrong or spec.default is spec.default_factory is dataclasses.MISSING)
+    ]
+    return {spec.name: _legal(spec, hints[spec.name])[i] for spec in open_fields}
+
+
+def _legal(spec: dataclasses.Field[Any], hint: Any) -> list[Any]:
+    """Some legal values of a field, the default first."""
+    default = () if spec.default is dataclasses.MISSING else (spec.default,)
+    some = (*default, *(spec.metadata.get("choices") or ()), spec.metadata.get("minimum"), True, False, 1, 2)
+    legal = [_coerce(hint, value) for value in some if _check_value(spec, hint, value) is None]
+    return list({repr(value): value for value in legal}.values())
 
 
 def _check_value(spec: dataclasses.Field[Any], hint: Any, value: Any) -> ParameterProblem | None:

@@ -17,7 +17,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from titans_graph.errors import PluginError, UsageError, shortened, suggest
-from titans_graph.parameters import ParameterProblem, SiteError, parameter, parameter_types, parse_parameters
+from titans_graph.parameters import ParameterProblem, SiteError, parameter, parameter_types, parse_parameters, stand_ins
 from titans_graph.shapes import Dependence, Stage, Value
 
 if TYPE_CHECKING:
@@ -309,4 +309,5 @@ __all__ = [
     "parameter_types",
     "parse_parameters",
     "register",
+    "stand_ins",
 ]

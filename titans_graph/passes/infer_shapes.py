@@ -16,7 +16,7 @@ from titans_graph.errors import Diagnostic, MissingInput, ShapeMismatch
 from titans_graph.ir import Ref
 from titans_graph.passes.base import Pass
 from titans_graph.passes.compilation import Binding, Compilation, FlatNode
-from titans_graph.registry import Port, Site, SiteError, parse_parameters
+from titans_graph.registry import Port, Site, SiteError, parse_parameters, stand_ins
 from titans_graph.shapes import UNKNOWN, Value
 
 ACCEPTS = {
@@ -159,6 +159,7 @@ class _Inference:
         used = self._users()
         for node in self.c.nodes.values():
             if node.name in self.failed:
+                self.found += self._refused_beside(node, used)
                 continue
             site = self._site(node, used, partial=False)
             if site is None:
@@ -187,6 +188,23 @@ class _Inference:
         """What the node's block declares for its first input."""
         block = self.c.graph.blocks.get(node.block, self.c.graph.main) if node.instance else self.c.graph.main
         return next(iter(block.inputs.values()), None)
+
+    def _refused_beside(self, node: FlatNode, used: dict[str, frozenset[str]]) -> list[Diagnostic]:
+        """What a node with mistakes in its parameters says against others of them, whatever stands in their place."""
+        if not node.component.partial and any(p.required and not node.inputs.get(p.name) for p in node.component.inputs):
+            return []
+        said: list[list[Diagnostic]] = []
+        for parameters in stand_ins(node.component.Parameters, node.values):
+            self.parameters[node.name] = parameters
+            site = self._site(node, used, partial=node.component.partial)
+            if site is None or not site.inputs or self._bad_ports(node, site):
+                return []
+            try:
+                node.component.infer(site)
+            except SiteError as error:
+                own = error.key in node.values and error.kind is not MissingInput
+                said.append([self._refusal(node, site, error)] if own else [])
+        return said[0] if len(said) == 2 and said[0] == said[1] else []
 
     def _refused_early(self, node: FlatNode, used: dict[str, frozenset[str]]) -> list[Diagnostic]:
         """What a node on a feedback path refuses of the inputs that are known.
