@@ -26,6 +26,7 @@ from titans_graph.kernels.memory_objectives import Objective, parse_objective
 from titans_graph.kernels.memory_ops import scan_op
 from titans_graph.kernels.memory_reference import memory_reference
 from titans_graph.kernels.networks import Network, Node, PlainUse, parse_network
+from titans_graph.kernels.precision import without_autocast
 from titans_graph.kernels.triton_memory import memory_triton, refusal
 
 log = logging.getLogger("titans_graph.kernels")
@@ -209,6 +210,7 @@ def _reference(
     return y.to(dtype), ends[0], ends[1], ends[2]
 
 
+@without_autocast
 def memory_step(
     network: str | Network,
     objective: str | Objective,
@@ -233,33 +235,6 @@ def memory_step(
 
     The slot may stand anywhere in its chunk: it begins one where ``position % chunk`` is 0.
     """
-    with torch.autocast(q.device.type, enabled=False):
-        return _step(
-            network, objective, read, chunk, bounded, anchor, weights, momenta, initial_weights, initial_momenta,
-            q, k, v, step, log_momentum, log_keep, valid, position,
-        )  # fmt: skip
-
-
-def _step(
-    network: str | Network,
-    objective: str | Objective,
-    read: str,
-    chunk: int,
-    bounded: bool,
-    anchor: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    momenta: Sequence[Tensor],
-    initial_weights: Sequence[Tensor],
-    initial_momenta: Sequence[Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    step: Tensor,
-    log_momentum: Tensor,
-    log_keep: Tensor,
-    valid: Tensor,
-    position: Tensor,
-) -> Result:
     net, goal = parsed(network, objective)
     dtype, heads, names = weights[0].dtype, q.shape[1], list(net.weights(q.shape[-1]))
     now = valid[:, 0].repeat_interleave(heads)

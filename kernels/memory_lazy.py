@@ -40,6 +40,7 @@ from titans_graph.kernels.memory_chunk import trace_keys
 from titans_graph.kernels.memory_decode import decode_step, decode_write
 from titans_graph.kernels.memory_objectives import Objective
 from titans_graph.kernels.networks import Network, PlainUse
+from titans_graph.kernels.precision import without_autocast
 
 SLOTS = 16
 """Tokens after which weights and momenta are written."""
@@ -212,29 +213,26 @@ def lazy_step(
             network, objective, read, bounded, *state, q, k, v, step, log_momentum, log_keep
         )
         return y, state._replace(inputs=inputs, deltas=deltas, shares=shares, ends=ends, slot=slot)
-    # As in the operators for whole chunks: what autocast would round here stays in the state's type.
-    with torch.autocast(q.device.type, enabled=False):
-        return _portable(network, objective, read, bounded, state, q, k, v, step, log_momentum, log_keep)
+    return _portable(q, k, v, (step, log_momentum, log_keep), state, *parsed(network, objective), read, bounded)
 
 
+@without_autocast
 def _portable(
-    network: str | Network,
-    objective: str | Objective,
-    read: str,
-    bounded: bool,
-    state: Lazy,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    step: Tensor,
-    log_momentum: Tensor,
-    log_keep: Tensor,
+    gates: tuple[Tensor, ...],
+    state: Lazy,
+    net: Network,
+    goal: Objective,
+    read: str,
+    bounded: bool,
 ) -> tuple[Tensor, Lazy]:
-    net, goal = parsed(network, objective)
     heads, names, dtype, precise = q.shape[1], _names(net), state.weights[0].dtype, state.shares.dtype
     at = dict(zip(names, (x.flatten(0, 1) for x in state.anchor), strict=True))
     q1, k1, v1 = (x.flatten(0, 1).to(dtype) for x in (q, k, v))
-    theta, eta, keep = (x.flatten(0, 1) for x in (step.to(precise), log_momentum.to(precise).exp(), log_keep.to(precise).exp()))
+    step, log_momentum, log_keep = (x.to(precise).flatten(0, 1) for x in gates)
+    theta, eta, keep = step, log_momentum.exp(), log_keep.exp()
     if bounded:
         bound = bound_of(net, state.norms.flatten(0, 1).to(dtype), at, k1)
         theta = theta / (bound if bound.dim() == 2 else bound[:, None])

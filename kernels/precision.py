@@ -1,8 +1,16 @@
-"""In which type a memory's running values are kept."""
+"""In which type a memory's running values are kept, and computed where an operator does not see to it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def running(x: Tensor) -> Tensor:
@@ -12,3 +20,18 @@ def running(x: Tensor) -> Tensor:
     precision what single tokens do to a memory would be lost, or forgotten too fast.
     """
     return x.float() if x.is_floating_point() and x.dtype.itemsize < 4 else x
+
+
+def without_autocast(run: Callable[P, R]) -> Callable[P, R]:
+    """``run`` in the types of its arguments, as the operators for whole chunks are: autocast would round its products.
+
+    The device is that of the first tensor among the positional arguments.
+    """
+
+    @wraps(run)
+    def inside(*args: P.args, **options: P.kwargs) -> R:
+        device = next(x for x in args if isinstance(x, Tensor)).device.type
+        with torch.autocast(device, enabled=False):
+            return run(*args, **options)
+
+    return inside

@@ -121,7 +121,7 @@ MEMORY = (
     defect(
         "anchor late for single tokens in training",
         "where gradients are recorded, a single token that begins a chunk takes its gradient at the weights of the one before",
-        ("kernels.memory:_step", "(place % chunk == 0)", "(place % chunk == 1 % chunk)"),
+        ("kernels.memory:memory_step", "(place % chunk == 0)", "(place % chunk == 1 % chunk)"),
     ),
     defect(
         "anchor late for single tokens",
@@ -176,7 +176,7 @@ MEMORY = (
     defect(
         "forgetting applied after the write, everywhere",
         "M = keep (M + S) in every program, which all agree",
-        ("kernels.memory:_step", "_rows(keep, m) * m + s", "_rows(keep, m) * (m + s)"),
+        ("kernels.memory:memory_step", "_rows(keep, m) * m + s", "_rows(keep, m) * (m + s)"),
         ("kernels.memory_reference:memory_reference", "_rows(keep, m) * m + s", "_rows(keep, m) * (m + s)"),
         ("kernels.memory_chunk:mixing", "torch.bmm(keep[..., 1:],", "torch.bmm(keep[..., :-1].tril(),"),
         (
@@ -194,7 +194,7 @@ MEMORY = (
         "read before taken for after, everywhere",
         "all programs answer with the token's own write",
         ("kernels.memory_chunk:mixing", 'if read == "before":', "if False:"),
-        ("kernels.memory:_step", '"before": before,', '"before": after,'),
+        ("kernels.memory:memory_step", '"before": before,', '"before": after,'),
         ("kernels.memory_lazy:_portable", "else new.before(_all_to(dtype, (w, a0, f)))", "else new"),
         ("kernels.memory_reference:memory_reference", '"before": before,', '"before": after,'),
     ),
