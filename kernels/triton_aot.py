@@ -1,6 +1,6 @@
 """Triton kernels compiled ahead of time, without a GPU, and what they need of it: registers, stack, shared memory.
 
-    python -m titans_graph.kernels.triton_aot --targets sm_80 sm_90 sm_100 gfx942 [--all] [--kernels NAME ..] [--json FILE]
+    python -m titans_graph.kernels.triton_aot --targets sm_80 sm_90 sm_100 gfx942 [--all] [--kernels NAME ..] [--dtype T]
 
 compiles every kernel in the configuration that the table chooses, prints one line each, and ends with 1 where one does
 not compile, needs more than the chip has, or (of the usual sizes) spills registers. Compiled kernels are kept in triton's
@@ -200,11 +200,15 @@ def all_sizes(target: str) -> list[Sizes]:
     return [size for size in dict.fromkeys(found) if size.chunk <= longest_chunk(size, target)]
 
 
-def cases(targets: Iterable[str], every: bool = False, names: Iterable[str] = ()) -> list[Case]:
-    """Every kernel (or those named) for every size it supports, in the table's configuration; what is the same only once."""
+def cases(targets: Iterable[str], every: bool = False, names: Iterable[str] = (), dtype: str = "") -> list[Case]:
+    """Every kernel (or those named) for every size it supports, in the table's configuration; what is the same only once.
+
+    ``dtype``: of all sizes, in place of their own.
+    """
     wanted, seen, found = set(names) or set(kernels()), set(), []
     for target in targets:
         for size, kernel in product(all_sizes(target) if every else usual_sizes(target), kernels().values()):
+            size = replace(size, dtype=dtype or size.dtype)
             if kernel.name not in wanted or not kernel.supports(size):
                 continue
             config = default(kernel.name, size, target)
@@ -265,6 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--targets", nargs="+", default=list(ARCHS), choices=ARCHS)
     parser.add_argument("--kernels", nargs="+", default=[], metavar="NAME", help="only these")
     parser.add_argument("--all", action="store_true", help="every promised size, not only the usual ones")
+    parser.add_argument("--dtype", default="", choices=("bf16", "fp16", "fp32"), help="the operands' type in all sizes")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
     options = parser.parse_args(arguments)
@@ -276,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = sorted(set(options.kernels) - set(kernels()))
     if unknown:
         parser.error(f"no kernel {unknown[0]!r}; there are: {', '.join(kernels())}")
-    todo = cases(options.targets, options.all, options.kernels)
+    todo = cases(options.targets, options.all, options.kernels, options.dtype)
     print(_line(HEAD), flush=True)
     budgets = []
     for b in run_cases(todo, options.jobs):

@@ -113,6 +113,16 @@ def test_default_configurations_fit_every_target(tmp_path: Path, golden: Callabl
     golden(GOLDEN, text)
 
 
+def test_decoding_fits_every_target_in_the_type_of_the_state() -> None:
+    """A memory's running state is float32 in every model (kernels/precision.py), so that is what its tokens run on."""
+    names = "linear_decode", "mlp_decode", "decode_write"
+    done = run("-m", "titans_graph.kernels.triton_aot", "--dtype", "fp32", "--kernels", *names)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()[1:-1]
+    assert {tuple(line.split()[i] for i in (0, -8)) for line in lines} >= {(n, t) for n in names for t in ARCHS}
+    assert all("fp32" in line for line in lines)
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("target", ARCHS)
 @pytest.mark.parametrize("kernel", NAMES)
