@@ -76,3 +76,14 @@ def test_a_memory_of_half_precision_weights_goes_on_in_float32() -> None:
         "linear", weights, many, many, many, cu_seqlens=offsets, step=torch.zeros(1, 1, 300), log_keep=gate.expand(1, 1, 300)
     )
     assert float(ends["w"].mean()) == pytest.approx(math.exp(-0.75), rel=1e-4)
+
+
+def test_a_state_in_half_precision_is_refused_and_says_what_the_model_keeps() -> None:
+    model = tg.load("blocks/lmm", dim=16, heads=2, hidden=8, chunk=8).bfloat16()
+    x = torch.zeros(1, 3, 16, dtype=torch.bfloat16)
+    _, state = model(x)
+    halved = state.map(lambda t: t.bfloat16() if t.is_floating_point() else t)
+    with pytest.raises(
+        tg.StateError, match=r"is torch\.bfloat16 on cpu, .* keeps this in torch\.float32; make the state after"
+    ):
+        model(x, halved)

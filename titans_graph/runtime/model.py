@@ -253,8 +253,10 @@ class Model(nn.Module):
                 wanted = torch.promote_types(reference.dtype, torch.float32) if key.startswith(precise) else reference.dtype
                 same = t.dtype == wanted or not t.is_floating_point() or _autocast(x)
                 if t.device != reference.device or not same:
+                    keeps = "" if wanted == reference.dtype else f", which keeps this in {wanted}"
                     raise StateError(
-                        f"{key} of {node!r} is {t.dtype} on {t.device}, the model {reference.dtype} on {reference.device}; "
+                        f"{key} of {node!r} is {t.dtype} on {t.device}, "
+                        f"the model {reference.dtype} on {reference.device}{keeps}; "
                         "make the state after model.to(...), or convert it with state.map"
                     )
 
