@@ -28,7 +28,7 @@ from tests.fuzz import campaign
 
 AT_ONCE = 500
 SECONDS = 30.0
-"""Longest time of one input."""
+"""Half the longest time of one input: only the second ring of the clock ends it."""
 
 
 def main() -> int:
