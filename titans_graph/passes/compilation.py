@@ -22,13 +22,15 @@ from titans_graph.shapes import Stage, Value
 class FlatNode:
     """One component instance after expansion.
 
-    ``name`` is its path (``layers.0.memory``), ``instance`` the path of the block instance it stands in (``layers.0``, empty
-    for the main graph), ``labels`` the references as written in the spec (they name the pieces of a sequence). ``lost``: input
-    ports of whose references some mean nothing, which is reported elsewhere; such a node is not judged. ``dim``: the
-    feature size that the block declares for its first input.
+    ``name`` is its path (``layers.0.memory``), ``key`` its name inside its block, without the number of a copy, ``instance``
+    the path of the block instance it stands in (``layers.0``, empty for the main graph), ``labels`` the references as
+    written in the spec (they name the pieces of a sequence). ``lost``: input ports of whose references some mean nothing,
+    which is reported elsewhere; such a node is not judged. ``dim``: the feature size that the block declares for its
+    first input.
     """
 
     name: str
+    key: str
     use: str
     instance: str
     block: str
@@ -50,11 +52,6 @@ class FlatNode:
     def declared(self) -> str:
         """The name as declared: block and node, the same for every copy."""
         return f"{self.block}.{self.key}" if self.instance else self.key
-
-    @property
-    def key(self) -> str:
-        """The name inside its block, without the number of the copy."""
-        return self.local.split(".")[0]
 
     @property
     def component(self) -> type[Component]:

@@ -118,6 +118,7 @@ class _Scope:
         own = next(iter(self.block.inputs.values()), None)
         return FlatNode(
             name=self._name(node, copy),
+            key=node.name,
             use=node.use,
             instance=self.path,
             block=self.block.name,
