@@ -19,27 +19,33 @@ def to_yaml(graph: Graph) -> str:
     if graph.blocks:
         lines.append("blocks:")
         for name, block in graph.blocks.items():
-            lines.append(f"  {name}:")
+            lines.append(_entry("  ", name, ""))
             lines.extend(_block(block, "    "))
     return "\n".join(lines) + "\n"
 
 
 def _block(block: Block, indent: str) -> Iterator[str]:
-    inputs = ", ".join(f"{name}: {value.text()}" for name, value in block.inputs.items())
+    inputs = ", ".join(f"{_short(name)}: {value.text()}" for name, value in block.inputs.items())
     yield f"{indent}input: {{{inputs}}}"
     if block.segment is not None:
         yield f"{indent}segment: {block.segment}"
     yield f"{indent}nodes:" + ("" if block.nodes else " {}")
     for node in block.nodes:
-        yield f"{indent}  {node.name}: {_node(node)}"
-    yield f"{indent}output: {{" + ", ".join(f"{name}: {ref.text()}" for name, ref in block.outputs.items()) + "}"
+        yield _entry(f"{indent}  ", node.name, _node(node))
+    yield f"{indent}output: {{" + ", ".join(f"{_short(name)}: {ref.text()}" for name, ref in block.outputs.items()) + "}"
+
+
+def _entry(indent: str, name: str, value: str) -> str:
+    """A line, or the two that a long name takes, of a mapping in block style."""
+    value = f": {value}".rstrip()
+    return f"{indent}{name}{value}" if len(name) < _LONGEST_KEY else f"{indent}? {name}\n{indent}{value}"
 
 
 def _node(node: Node) -> str:
     # A component called like a number or null would not read back as a word.
     parts = [f"use: {node.use if isinstance(resolve(node.use), str) else _quoted(node.use)}"]
-    parts.extend(f"{port}: {_refs(refs)}" for port, refs in node.inputs.items())
-    parts.extend(f"{key}: {_value(value)}" for key, value in node.parameters.items())
+    parts.extend(f"{_short(port)}: {_refs(refs)}" for port, refs in node.inputs.items())
+    parts.extend(f"{_short(key)}: {_value(value)}" for key, value in node.parameters.items())
     if node.repeat != 1:
         parts.append(f"repeat: {node.repeat}")
     return "{" + ", ".join(parts) + "}"
@@ -63,8 +69,12 @@ def _value(value: Any) -> str:
 
 
 def _key(key: str) -> str:
-    quoted = _quoted(key)
-    return quoted if len(quoted) < _LONGEST_KEY else f"? {quoted} "
+    return _short(_quoted(key))
+
+
+def _short(key: str) -> str:
+    """A key in flow style."""
+    return key if len(key) < _LONGEST_KEY else f"? {key} "
 
 
 def _quoted(text: str) -> str:
