@@ -42,7 +42,7 @@ def _dropped(d: Draft, leak: Ref, own: Ref) -> Ref:
     joined = d.add("sequence.concat", x=[leak, own])
     if d.flag():
         joined = d.add("norm.rms", x=joined)
-    return d.add("sequence.slice", {"keep": d.choose(own, leak).node}, x=joined)
+    return d.add("sequence.slice", {"keep": d.choose(own, leak).text()}, x=joined)
 
 
 def _memory(d: Draft, **changes: Any) -> dict[str, Any]:
