@@ -137,7 +137,7 @@ def ready(
     if not any(starts) and taken < state.shares.shape[-1]:
         return state, taken
     if 0 in places:
-        state = _restarted(state, torch.tensor([place == 0 for place in places]), list(initial))
+        state = _restarted(state, torch.tensor([place == 0 for place in places], device="cpu"), list(initial))
     if taken and (taken == state.shares.shape[-1] or all(starts)):
         state, taken = written(network, state, kernel), 0
     return _anchored(network, state, starts, taken > 0, kernel), taken

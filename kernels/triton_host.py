@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, empty_like
 
 from titans_graph.kernels.triton_config import Sizes
@@ -48,6 +49,13 @@ class Cotangents(NamedTuple):
     start_m: Tensor | None
     start_s: Tensor | None
     tokens: Tokens
+
+
+def kept_limit(parameter: float, operand: torch.dtype) -> float:
+    """The objective's number as it stands in deltas, which are kept in the operands' type: one that was cut off there equals
+    the rounded limit. On the host, whatever the default device is: there is nothing to wait for.
+    """
+    return float(torch.tensor(parameter, dtype=operand, device="cpu"))
 
 
 def gates(plan: Plan, sizes: Sizes, tokens: Tokens) -> Gates:

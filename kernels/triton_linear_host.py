@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from titans_graph.kernels.triton_config import Config, Sizes, config
-from titans_graph.kernels.triton_host import Cotangents, State, Tokens, gates, gates_backward
+from titans_graph.kernels.triton_host import Cotangents, State, Tokens, gates, gates_backward, kept_limit
 from titans_graph.kernels.triton_linear import (
     can_fuse,
     constants,
@@ -151,13 +151,11 @@ def backward(
     d_state = State(*(torch.empty_like(x) for x in ends))
     d_start_m, d_start_s = torch.empty_like(ends.weights), torch.empty_like(ends.momenta)
     d_states, d_moving = torch.empty_like(saved.states), torch.empty_like(saved.moving)
-    # Deltas are kept in the operands' type: one that was cut off there equals the rounded limit.
-    limit = float(torch.tensor(parameter, dtype=q.dtype))
     launch(
         "linear_reverse", linear_reverse_kernel, sizes, lambda splits: (rows, heads, splits),
         (q, k, d_y, g.vectors, g.ends, *tables, saved.deltas, d_deltas, ends.weights, ends.momenta, ends.anchor,
          d_v, d_states, d_moving, d_state.weights, d_state.momenta, d_state.anchor, d_start_m, d_start_s, *place),
-        PARAMETER=limit, T=scan_tile(sizes), RESTARTS=restarts,
+        PARAMETER=kept_limit(parameter, q.dtype), T=scan_tile(sizes), RESTARTS=restarts,
     )  # fmt: skip
     # Reading the chunk's first weights does not mix.
     d_mix, d_vectors = (torch.empty_like(x) if mixed else torch.zeros_like(x) for x in (g.mix, g.vectors))

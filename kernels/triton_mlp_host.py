@@ -14,7 +14,7 @@ from torch import Tensor
 
 from titans_graph.kernels.triton_config import Config, Description, Kernel, Sizes, config
 from titans_graph.kernels.triton_gates import gates_backward_kernel, gates_kernel
-from titans_graph.kernels.triton_host import Cotangents, State, Tokens, gates, gates_backward
+from titans_graph.kernels.triton_host import Cotangents, State, Tokens, gates, gates_backward, kept_limit
 from titans_graph.kernels.triton_mlp import mlp_read_kernel, mlp_scan_kernel
 from titans_graph.kernels.triton_mlp_backward import (
     mlp_alike_kernel,
@@ -150,7 +150,7 @@ def backward(
         "mlp_reverse", mlp_reverse_kernel, (len(plan.sequences), heads), sizes, k, *tables, g.vectors, g.ends,
         saved.m_states, entry, saved.deltas, saved.scale, hidden, slope, bend, d_one, d_two, d_hidden, into_m, into_s, d_m,
         d_s, d_anchor, start_m, start_s, d_v, plan.stride, heads, **common, **way, **resumed, OBJECTIVE=sizes.objective,
-        PARAMETER=parameter,
+        PARAMETER=kept_limit(parameter, q.dtype),
     )  # fmt: skip
     launch(
         "mlp_key_backward", mlp_key_backward_kernel, grid, sizes, k, *tables, g.vectors, *states, entry, saved.deltas,

@@ -87,3 +87,15 @@ def test_a_step_makes_a_ring_and_nothing_else_anew() -> None:
     assert all(a is b for a, b in zip(after.weights, state.weights, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(before, state.deltas, strict=True))
     assert not torch.equal(after.deltas[0], state.deltas[0])
+
+
+def test_rows_begin_anew_whatever_the_default_device_is() -> None:
+    """Which rows do is known on the host; on a GPU there would be something to wait for."""
+    case = make("linear", chunk=4, slots=4)
+    anchor, weights, momenta, initial, _ = (case.state[n] for n in STATE)
+    state = begin(case.network, case.chunk, case.bounded, anchor, weights, momenta)
+    places = [0, *range(5, 4 + len(anchor[0]))]
+    with torch.device("meta"):
+        found, _ = ready(case.network, case.chunk, state, 0, places, initial)
+    assert torch.equal(found.weights[0][0], initial[0][0])
+    assert torch.equal(found.weights[0][1:], weights[0][1:])

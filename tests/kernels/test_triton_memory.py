@@ -18,6 +18,7 @@ from titans_graph.kernels import triton_memory
 from titans_graph.kernels.memory import _tell, choose, memory_scan
 from titans_graph.kernels.networks import parse_network
 from titans_graph.kernels.triton_config import Availability, available
+from titans_graph.kernels.triton_host import kept_limit
 from titans_graph.kernels.triton_memory import join, triton_op
 from titans_graph.spec import read_text
 
@@ -106,6 +107,7 @@ CASES: dict[str, Case] = {
     "relu2, huber": tame(
         {"mlp": {"hidden": 48, "activation": "relu2"}}, {"huber": {"delta": 0.5}}, **SMALL | {"slots": 64, "chunk": 32}
     ),
+    "huber": tame(SILU, {"huber": {"delta": 0.1}}, **SMALL),
     "bounded": tame(SILU, bounded=True, **SMALL),
     "chunk": tame(SILU, read="chunk", bounded=True, **SMALL),
     "linear": tame("linear", bounded=True, **SMALL),
@@ -135,11 +137,19 @@ def test_keys_of_128() -> None:
     assert_near(spread(case, (0, 5), (32, 29), restart=1))
 
 
-@pytest.mark.parametrize("name", ["bounded", "linear"])
+@pytest.mark.parametrize("name", ["bounded", "huber", "linear"])
 def test_half_precision(name: str) -> None:
+    """0.1 is less in half precision, so that a delta that was cut off is less than the limit: it has no slope still."""
     case = CASES[name]
     rounded = case.tokens | {n: case.tokens[n].half().double() for n in "qkv"}
     assert_near(spread(case._replace(tokens=rounded), (5, 18), (32, 29)), torch.float16)
+
+
+def test_numbers_stay_on_the_host_whatever_the_default_device_is() -> None:
+    """One that is made on a GPU is waited for, which no CUDA graph can hold."""
+    with torch.device("meta"):
+        assert 0.0999 < kept_limit(0.1, torch.float16) < 0.1
+        assert kept_limit(0.5, torch.bfloat16) == 0.5
 
 
 @pytest.mark.parametrize("network", [SILU, "linear"])
