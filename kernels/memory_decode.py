@@ -119,7 +119,8 @@ def decode_op(
         *(_packed(anchor), _packed(weights), _packed(momenta), _packed(inputs), _packed(deltas)),
         *(shares.contiguous(), ends.contiguous(), slot, norms.contiguous()),
     )
-    return decode(memory.sizes, memory.parameter, ring, Tokens(*(x.contiguous() for x in tokens)))
+    with torch.cuda.device(shares.get_device()):  # Triton launches on the current GPU, wherever the tensors are.
+        return decode(memory.sizes, memory.parameter, ring, Tokens(*(x.contiguous() for x in tokens)))
 
 
 @decode_op.register_fake
@@ -163,7 +164,8 @@ def write_op(
     from titans_graph.kernels.triton_decode_host import write
 
     lists = [_packed(values) for values in (weights, momenta, inputs, deltas)]
-    return write(lists[0], lists[1], lists[2], lists[3], shares.contiguous(), ends.contiguous())
+    with torch.cuda.device(shares.get_device()):
+        return write(lists[0], lists[1], lists[2], lists[3], shares.contiguous(), ends.contiguous())
 
 
 def _packed(values: Sequence[Tensor]) -> list[Tensor]:

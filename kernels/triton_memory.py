@@ -155,10 +155,11 @@ def triton_op(
     memory = memory_of(network, objective, read, chunk, bounded, resumed, q.shape[-1], q.dtype)
     anchor, weights, momenta, start_m, start_s = (x.contiguous() for x in state)
     streams = Tokens(*(x.contiguous() for x in tokens))
-    y, after, saved = _host(memory.sizes).forward(
-        _plan(places, q, chunk), memory.sizes, memory.parameter, streams, State(anchor, weights, momenta), start_m, start_s,
-        save=save,
-    )  # fmt: skip
+    with torch.cuda.device(q.get_device()):  # Triton launches on the current GPU, wherever the tensors are.
+        y, after, saved = _host(memory.sizes).forward(
+            _plan(places, q, chunk), memory.sizes, memory.parameter, streams, State(anchor, weights, momenta), start_m,
+            start_s, save=save,
+        )  # fmt: skip
     return [y, *after, *(saved or ())]
 
 
@@ -210,16 +211,11 @@ def triton_backward_op(
     host = _host(memory.sizes)
     y, *ends = (x.contiguous() for x in grads)
     streams = Tokens(*(x.contiguous() for x in tokens))
-    found = host.backward(
-        _plan(places, q, chunk),
-        memory.sizes,
-        memory.parameter,
-        streams,
-        anchor.contiguous(),
-        host.Saved(*saved),
-        y,
-        State(*ends),
-    )
+    with torch.cuda.device(q.get_device()):
+        found = host.backward(
+            _plan(places, q, chunk), memory.sizes, memory.parameter, streams, anchor.contiguous(), host.Saved(*saved), y,
+            State(*ends),
+        )  # fmt: skip
     return [*found.state, found.start_m, found.start_s, *found.tokens]
 
 

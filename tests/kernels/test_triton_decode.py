@@ -5,6 +5,8 @@ On a GPU the kernels are compiled, elsewhere interpreted.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from titans_graph.kernels.triton_config import Config, Sizes, available, overrid
 if not available():
     pytest.skip(available().why, allow_module_level=True)
 
+from titans_graph.kernels import triton_decode_host
 from titans_graph.kernels.triton_decode_host import KERNELS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -135,6 +138,24 @@ def test_one_operator_inside_a_compiled_region() -> None:
         z, two = compiled(*form, two, *tokens, kernel="triton")
         assert torch.equal(y, z)
     assert torch.equal(one.shares, two.shares)
+
+
+def test_kernels_run_on_the_gpu_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    @contextmanager
+    def device(index: int) -> Iterator[None]:
+        events.append(f"on {index}")
+        yield
+        events.append("done")
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(triton_decode_host, "_launch", lambda name, *_: events.append(name))
+    form, state, tokens = begun(case_of("linear"))
+    run_step(*form, Lazy(*state), *tokens, kernel="triton")
+    current(form[0], Lazy(*state), "triton")
+    here = f"on {tokens[0].get_device()}"
+    assert events == [here, "linear_decode", "done", here, "decode_write", "done"]
 
 
 def test_no_rows() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -195,6 +196,27 @@ def test_a_compiled_region_has_no_break_and_any_length() -> None:
         for a, b in zip(*(torch.autograd.grad(x.sum(), leaves) for x in (got, want)), strict=True):
             torch.testing.assert_close(a, b)
     assert graphs.frame_count == 1
+
+
+def test_kernels_run_on_the_gpu_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current GPU, which need not be theirs: both operators make it so first."""
+    events: list[str] = []
+    plan = triton_memory._plan
+
+    @contextmanager
+    def device(index: int) -> Iterator[None]:
+        events.append(f"on {index}")
+        yield
+        events.append("done")
+
+    def planned(*args: Any) -> Any:
+        events.append("work")
+        return plan(*args)
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(triton_memory, "_plan", planned)
+    run(tame("linear", **SMALL | {"slots": 16, "batch": 1}), "triton", torch.float32)
+    assert events == [f"on {torch.empty(0, device=DEVICE).get_device()}", "work", "done"] * 2
 
 
 def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
