@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -186,20 +186,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no row {unknown[0]!r}; there are: {', '.join(todo)}")
     log = Log(options.out, machine() | ({"dry_run": True} if options.dry_run else {}), options.again)
     print(json.dumps(log.content["machine"]), flush=True)
+    chosen = {key: job for key, job in todo.items() if not options.only or key in options.only}
+    return measure(chosen, log, options.dry_run, begun + options.seconds)
+
+
+def measure(todo: Mapping[str, Callable[[bool], Result]], log: Log, dry: bool, until: float) -> int:
+    """Do the jobs that the log has not, what failed before last: it may fail again and take the others with it."""
+    keys = sorted(todo, key=lambda key: key in log and key != "peak" and bool(log[key]["failed"]))
     failed, cut = [], []
-    for key in (k for k in todo if not options.only or k in options.only):
+    for place, key in enumerate(keys):
         if key not in log or log[key]["failed"]:
-            if time.monotonic() - begun > options.seconds:
+            if time.monotonic() > until:
                 cut.append(key)
                 continue
             start = time.monotonic()
-            log.put(key, {**attempted(todo[key], options.dry_run), "seconds": round(time.monotonic() - start, 1)})
+            log.put(key, {**attempted(todo[key], dry), "seconds": round(time.monotonic() - start, 1)})
         peak = log["peak"].get("tflops", 0.0) if "peak" in log else 0.0
         print(line(key, log[key], peak), flush=True)
         failed += [key] if log[key]["failed"] else []
+        if log[key]["failed"] == ["raised"] and not dry and not alive():
+            left = ", ".join(keys[place + 1 :]) or "no other row"
+            print(f"the GPU answers this process no more; not measured: {left}: the same command again goes on")
+            return 1
     if cut:
         print(f"time ran out before {', '.join(cut)}: the same command again goes on")
     return 1 if failed else 3 if cut else 0
+
+
+def alive() -> bool:
+    """Whether the GPU still answers: after an error inside a kernel no other call of the process succeeds."""
+    import torch
+
+    try:
+        torch.cuda.synchronize()
+    except Exception:  # the error of the kernel again, whose class differs between torch versions
+        return False
+    return True
 
 
 def attempted(job: Callable[[bool], Result], dry: bool) -> Result:

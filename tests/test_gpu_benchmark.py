@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,27 @@ def test_a_failed_check_and_what_raises_are_reported(capsys: pytest.CaptureFixtu
     assert "no room" in capsys.readouterr().err
     bad = {"title": "t", "failed": ["y"], "errors": {"y": 0.25, "d_q": 0.0}}
     assert gpu.line("deep", bad, 0.0).endswith("CHECK FAILED: y 0.25")
+
+
+def test_a_gpu_that_answers_no_more_takes_no_other_row_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After an error inside a kernel every call fails: the rows behind it are left, and measured first the next time."""
+    done: list[str] = []
+
+    def job(key: str) -> gpu.Result:
+        done.append(key)
+        if key == "two":
+            raise RuntimeError("an illegal memory access")
+        return {"title": key, "failed": []}
+
+    todo = {key: partial(lambda key, _: job(key), key) for key in ("one", "two", "three")}
+    for answers, expected in ((False, ["one", "two"]), (True, ["three", "two"])):
+        monkeypatch.setattr(gpu, "alive", lambda answers=answers: answers)
+        done.clear()
+        assert gpu.measure(todo, gpu.Log(tmp_path, {}, again=False), False, time.monotonic() + 60) == 1
+        assert done == expected
+        assert ("the GPU answers this process no more; not measured: three" in capsys.readouterr().out) is not answers
 
 
 @pytest.mark.parametrize(
