@@ -202,6 +202,10 @@ def flex_attend(q: Tensor, kv: Tensor, visible: Visible, fixed: Tensor | None) -
     kv = kv.flatten(1, 2)
     if fixed is not None:
         kv = torch.cat([fixed.expand(kv.shape[0], *fixed.shape), kv], dim=1)
+    if torch.is_autocast_enabled(q.device.type):
+        # As autocast does for scaled_dot_product_attention; for flex attention it has a rule in newer versions of torch alone.
+        # Keys behind a cache in float32 are float32, so the types would differ, which its backward pass refuses.
+        q, kv = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, kv))
     queries = to_blocks(q, flex_blocks(q.shape[1]), FLEX_BLOCK).flatten(1, 2)
     k, v = to_blocks(kv, flex_blocks(kv.shape[1]), FLEX_BLOCK).flatten(1, 2).permute(2, 0, 3, 1, 4).unbind(0)
     rule = flex_rule(visible, skip, pieces)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import EagerAndRecordGraphs
 
 from tests.components.cases import CASES, DIM, SEQUENCE
 from tests.components.harness import build, calls, close, document_starts, stream
@@ -149,6 +150,29 @@ def test_flex_attention_sees_what_the_mask_says(kind: str) -> None:
         flex_attend(q, joined[:, :, :1], rule(flex_position(clock)), None),
         attend(q, joined[:, :, :1], dense_mask(rule(clock.position), q, joined), None),
     )
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it is traced
+@pytest.mark.parametrize("queries", [torch.bfloat16, torch.float32])
+def test_flex_attention_follows_autocast(queries: torch.dtype) -> None:
+    """Keys behind a cache in float32 are float32, and so are normalised queries; products are in autocast's type."""
+    clock = calls([[6]], [], 4)[0].clock
+    slots, graphs = clock.position.shape[1], EagerAndRecordGraphs()
+    q, joined = torch.randn(1, slots, 2, 16, dtype=queries), torch.randn(1, 16 + slots, 1, 2, 2, 16)
+    fixed = torch.randn(3, 2, 2, 16)
+
+    def answer(q: Tensor, joined: Tensor, fixed: Tensor, position: Tensor) -> Tensor:
+        return flex_attend(q, joined, window_visible(position, 16), fixed)
+
+    compiled = torch.compile(answer, backend=graphs, fullgraph=True)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = attend(q, joined, dense_mask(window_visible(clock.position, 16), q, joined), fixed)
+        found = compiled(q, joined, fixed, flex_position(clock))
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
+    (call,) = (node for node in graphs.graphs[0].graph.nodes if str(node.target) == "flex_attention")
+    assert {x.meta["example_value"].dtype for x in call.args[:3]} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("slots", [2, 3, 4, 5, 8, 9, 17])
