@@ -6,6 +6,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+COUNTS = ("stride", "heads", "total")
+"""Numbers that a kernel is not built anew for, where they are 1 or multiples of 16: what is built ahead of time is launched."""
+
 
 @triton.jit
 def chunk_place(chunks, n):

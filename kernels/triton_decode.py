@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from titans_graph.kernels.triton_common import activation, activation_slope, dot, surprise
+from titans_graph.kernels.triton_common import COUNTS, activation, activation_slope, dot, surprise
 from titans_graph.kernels.triton_mlp import scale_of
 
 
@@ -62,7 +62,7 @@ def next_ring(ring, new, row, slot, columns, value, WIDTH: tl.constexpr, SLOTS: 
     return old.to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def linear_decode_kernel(
     q, k, v, step, log_momentum, log_keep, slots, anchor, m, s, inputs, deltas, shares, ends,
     y, new_inputs, new_deltas, new_shares, new_ends, heads,
@@ -95,7 +95,7 @@ def linear_decode_kernel(
         tl.store(y + row * D + columns, answer.to(y.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def mlp_decode_kernel(
     q, k, v, step, log_momentum, log_keep, slots, anchor_one, anchor_two, m_one, m_two, s_one, s_two,
     inputs_one, inputs_two, deltas_one, deltas_two, shares, ends, norms,
@@ -156,7 +156,7 @@ def mlp_decode_kernel(
     tl.store(y + row * D + i, answer.to(y.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def decode_write_kernel(
     m, s, inputs, deltas, shares, ends, new_m, new_s,
     SLOTS: tl.constexpr, RING: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE_ROWS: tl.constexpr,

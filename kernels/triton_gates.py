@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from titans_graph.kernels.triton_common import sequence_place, valid_slots
+from titans_graph.kernels.triton_common import COUNTS, sequence_place, valid_slots
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def after_slot(gain, share, decay, push, surprise, here, a, m, own):
     return gain, share, decay * a, push * a + tl.where(here, surprise, 0.0), surprise
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def gates_kernel(
     step,
     log_momentum,
@@ -99,7 +99,7 @@ def gates_kernel(
     tl.store(ends + at * 4 + 2, surprise)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def gates_backward_kernel(
     step,
     log_momentum,

@@ -18,7 +18,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from titans_graph.kernels.triton_common import add_dot, dot, grid_of, sequence_place, surprise
+from titans_graph.kernels.triton_common import COUNTS, add_dot, dot, grid_of, sequence_place, surprise
 from titans_graph.kernels.triton_config import Config, Kernel, Sizes
 
 
@@ -83,7 +83,7 @@ def chunk_answer(queries, keys, delta, mix, gates, now, moves, held, C: tl.const
     return answer
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def linear_scan_kernel(
     q, k, v, mix, vectors, ends, sequences, chunks, m, s, start_m, start_s, anchor,
     y, states, moving, deltas, m_out, s_out, anchor_out, stride, heads,
@@ -159,7 +159,7 @@ def linear_scan_kernel(
     tl.store(s_out + after, moves)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def linear_read_kernel(
     q, k, mix, vectors, sequences, chunks, states, moving, deltas, anchor, y, stride, heads,
     C: tl.constexpr, D: tl.constexpr, V: tl.constexpr, T: tl.constexpr, READ: tl.constexpr, RESUMED: tl.constexpr,
@@ -233,7 +233,7 @@ def value_tile(sizes: Sizes, config: Config) -> int:
 def argument_types(function: Any, sizes: Sizes, single: str) -> dict[str, str]:
     """Types of a kernel's run-time arguments: tables, two scalars, the named ones in fp32, all others in the operands'."""
     names = [name for name in function.arg_names if not name.isupper()]
-    fixed = {**TABLES, "stride": "i32:16", "heads": "i32", "total": "i32", **dict.fromkeys(single.split(), "*fp32")}
+    fixed = {**TABLES, "stride": "i32", "heads": "i32", "total": "i32", **dict.fromkeys(single.split(), "*fp32")}
     return {name: fixed.get(name, f"*{sizes.dtype}") for name in names}
 
 

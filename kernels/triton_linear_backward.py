@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from titans_graph.kernels.triton_common import (
+    COUNTS,
     add_dot,
     dot,
     grid_of,
@@ -40,7 +41,7 @@ from titans_graph.kernels.triton_linear import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def linear_delta_backward_kernel(
     q, k, d_y, mix, sequences, chunks, d_deltas, stride, heads,
     C: tl.constexpr, D: tl.constexpr, V: tl.constexpr, T: tl.constexpr,
@@ -71,7 +72,7 @@ def linear_delta_backward_kernel(
     tl.store(d_deltas + (at * C + t * T) * D + values, total.to(operand))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def linear_query_backward_kernel(
     q, k, d_y, mix, vectors, sequences, chunks, states, moving, deltas, anchor, d_q, d_mix, d_vectors, stride, heads,
     C: tl.constexpr, D: tl.constexpr, V: tl.constexpr, T: tl.constexpr, READ: tl.constexpr, RESUMED: tl.constexpr,
@@ -150,7 +151,7 @@ def ends_backward(states, moving, d_states, d_moving, d_ends, alive, D: tl.const
     tl.store(d_ends + 2, surprise)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def linear_key_backward_kernel(
     q, k, d_y, d_v, mix, vectors, sequences, chunks, states, moving, deltas, anchor, d_states, d_moving,
     d_k, d_vectors, d_ends, total, stride, heads,

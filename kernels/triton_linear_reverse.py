@@ -8,7 +8,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from titans_graph.kernels.triton_common import add_dot, dot, grid_of, surprise_by_value, surprise_slope
+from titans_graph.kernels.triton_common import COUNTS, add_dot, dot, grid_of, surprise_by_value, surprise_slope
 from titans_graph.kernels.triton_config import Config, Kernel, Sizes
 from titans_graph.kernels.triton_linear import argument_types, columns_of, constants, holds, scan_tile, supported
 
@@ -86,7 +86,7 @@ def late_cotangent(
     return held
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def linear_reverse_kernel(
     q, k, d_y, vectors, ends, sequences, chunks, deltas, d_deltas, d_m_out, d_s_out, d_anchor_out,
     d_v, d_states, d_moving, d_m, d_s, d_anchor, d_start_m, d_start_s, stride, heads,

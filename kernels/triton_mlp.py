@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from titans_graph.kernels.triton_common import (
+    COUNTS,
     activation,
     activation_slope,
     add_dot,
@@ -126,7 +127,7 @@ def advance_layer(m, s, m_states, s_states, place, behind, left, right, last, su
         tl.store(s + place, momenta)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def mlp_scan_kernel(
     k,
     v,
@@ -230,7 +231,7 @@ def mlp_scan_kernel(
         tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def mlp_read_kernel(
     q,
     k,

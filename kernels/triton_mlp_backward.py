@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from titans_graph.kernels.triton_common import (
+    COUNTS,
     activation,
     activation_bend,
     activation_slope,
@@ -33,7 +34,7 @@ from titans_graph.kernels.triton_common import (
 from titans_graph.kernels.triton_mlp import key_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def mlp_recall_kernel(
     q,
     k,
@@ -105,7 +106,7 @@ def mlp_recall_kernel(
         tl.store(x_slope + wide, activation_slope(z, ACT).to(operand))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def mlp_alike_kernel(
     d_y,
     valid,
@@ -148,7 +149,7 @@ def mlp_alike_kernel(
     tl.store(d_delta_two + at * C * D + tokens, (-dot(tl.trans((weighting * alike).to(operand)), answer)).to(operand))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def mlp_answer_backward_kernel(
     q,
     d_y,
@@ -221,7 +222,7 @@ def mlp_answer_backward_kernel(
     tl.store(into_s + tile, dot(tl.trans((queries * push).to(operand)), d_z).to(operand))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def mlp_query_backward_kernel(
     q,
     k,
@@ -295,7 +296,7 @@ def mlp_query_backward_kernel(
     tl.store(d_k + first * D + tokens, dot(tl.trans(pair), queries).to(operand), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def mlp_read_plain_backward_kernel(
     q,
     d_y,

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from titans_graph.kernels.triton_common import (
+    COUNTS,
     add_dot,
     chunk_place,
     dot,
@@ -67,7 +68,7 @@ def retreat_layer(
     tl.store(d_s + place, new_s)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def mlp_reverse_kernel(
     k,
     valid,
@@ -221,7 +222,7 @@ def mlp_reverse_kernel(
         tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def mlp_key_backward_kernel(
     k,
     valid,

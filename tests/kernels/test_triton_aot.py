@@ -69,6 +69,15 @@ except UsageError as error:
     print(error)
 """
 
+COUNTED = """
+from titans_graph.kernels.triton_config import Config, Sizes, kernels
+for kernel in kernels().values():
+    types, _ = kernel.describe(Sizes(16, 16, 16, activation="silu"), Config())
+    numbers = [p for p in kernel.function.params if types.get(p.name, "").startswith("i")]
+    print(*(f"{kernel.name}:{p.name}" for p in numbers if not p.do_not_specialize))
+print("kernels", len(kernels()))
+"""
+
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *arguments]
@@ -139,6 +148,13 @@ def compile_all(file: Path, *options: str) -> list[Budget]:
     assert file.is_file(), done.stderr
     entries: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
     return [Budget(**{**e, "sizes": Sizes(**e["sizes"]), "config": Config(**e["config"])}) for e in entries]
+
+
+def test_kernels_are_built_once_for_any_number_of_heads_and_tokens() -> None:
+    """Else Triton builds them for 1, for multiples of 16 and for the rest, and what was compiled here is not what runs."""
+    done = run("-c", COUNTED)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["kernels", str(len(NAMES))]
 
 
 def test_an_unknown_kernel_is_refused() -> None:
