@@ -23,6 +23,7 @@ from torch import Tensor
 from titans_graph.kernels.memory_bound import bounded_step
 from titans_graph.kernels.memory_objectives import Objective
 from titans_graph.kernels.networks import Network, PlainUse
+from titans_graph.kernels.undisturbed import unhooked
 
 Named = dict[str, Tensor]
 
@@ -139,10 +140,13 @@ def trace_keys(network: Network, objective: Objective, anchor: Named, k: Tensor,
         loss = objective.loss(network.apply(k, use), v)
         return loss, use.inputs
 
-    # The third result exists with has_aux alone, which the annotation of vjp does not tell.
-    loss, pull, inputs = cast("tuple[Any, ...]", torch.func.vjp(total, leaves, has_aux=True))
-    (deltas,) = pull(torch.ones_like(loss))
-    return Trace(inputs, deltas)
+    def traced() -> Trace:
+        # The third result exists with has_aux alone, which the annotation of vjp does not tell.
+        loss, pull, inputs = cast("tuple[Any, ...]", torch.func.vjp(total, leaves, has_aux=True))
+        (deltas,) = pull(torch.ones_like(loss))
+        return Trace(inputs, deltas)
+
+    return unhooked(traced)
 
 
 def _end(mix: Mixing, trace: Trace, name: str, weight: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:

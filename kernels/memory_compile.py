@@ -7,13 +7,10 @@ and its dtype, and the number of chunks never enters. Without a C++ compiler on 
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +23,6 @@ from titans_graph.kernels.turns import Building
 log = logging.getLogger("titans_graph.kernels")
 
 Body = Callable[..., Sequence[Tensor]]
-T = TypeVar("T")
 
 Argument = tuple[torch.dtype, tuple[int, ...]]
 Signature = tuple[object, ...]
@@ -78,29 +74,6 @@ def body_of(form: Form, kind: str, count: int, *, resumed: bool = False) -> Body
     """The body of a kind for ``count`` fast weights."""
     body = chunk_body(form, count, resumed=resumed, answer=kind != ADVANCE)
     return pullback(body, (2 + resumed) * count + 6) if kind == PULLBACK else body
-
-
-def undisturbed(run: Callable[[], T]) -> T:
-    """``run()``, in a thread of its own where the dispatch state of this one forbids differentiation by functorch.
-
-    Two callers do: dispatch modes (opcheck, the aliasing check of a compiled region's first call) switch functorch's
-    keys off around an operator, and activation checkpointing sets hooks on saved tensors. A new thread has neither.
-    """
-    front = torch._C.DispatchKey.FuncTorchDynamicLayerFrontMode
-    hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    if not hooked and not torch._C._dispatch_tls_is_dispatch_key_excluded(front):
-        return run()
-    streams = [torch.cuda.current_stream()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-
-    def same_stream() -> T:
-        # A new thread is on the default stream of the first device.
-        with contextlib.ExitStack() as entered:
-            for stream in streams:
-                entered.enter_context(torch.cuda.stream(stream))
-            return run()
-
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(contextvars.copy_context().run, same_stream).result()
 
 
 @lru_cache(maxsize=1)

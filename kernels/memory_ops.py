@@ -20,10 +20,10 @@ from torch import Tensor
 from titans_graph.errors import UsageError
 from titans_graph.kernels.memory_checkpoints import SPARE, slots, spacing
 from titans_graph.kernels.memory_chunk import Form
-from titans_graph.kernels.memory_compile import undisturbed
 from titans_graph.kernels.memory_objectives import REPLACED, parse_objective
 from titans_graph.kernels.memory_walk import Flags, Walk, added, cut, flags_of, masked, merge, piece, split, where
 from titans_graph.kernels.networks import parse_network
+from titans_graph.kernels.undisturbed import undisturbed
 
 log = logging.getLogger("titans_graph.kernels")
 

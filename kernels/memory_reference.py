@@ -16,6 +16,7 @@ from torch import Tensor
 from titans_graph.kernels.memory_bound import bounded_step
 from titans_graph.kernels.memory_objectives import Objective, parse_objective
 from titans_graph.kernels.networks import Network, PlainUse, parse_network
+from titans_graph.kernels.undisturbed import unhooked
 
 Weights = list[Tensor]
 
@@ -43,7 +44,7 @@ def surprise(network: Network, objective: Objective, names: list[str], anchor: W
     def loss(weights: Weights) -> Tensor:
         return objective.loss(predict(network, names, weights, k), v)
 
-    gradient: Weights = torch.func.grad(loss)(anchor)
+    gradient: Weights = unhooked(lambda: torch.func.grad(loss)(anchor))
     return gradient
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.utils._pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 import titans_graph as tg
 from tests.models import example, small, streamed
@@ -114,3 +117,46 @@ def test_the_reference_kernel_writes_every_token() -> None:
     y, state = streamed(model, tokens, [1] * 6)
     assert not any("ring.shares" in node for node in held(state).held.values())
     assert (y - model(tokens)[0]).abs().max() <= 1e-9
+
+
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+def test_single_tokens_take_part_in_activation_checkpointing(kernel: str) -> None:
+    """The memory's own gradient is taken where hooks on saved tensors would forbid that."""
+    model = memory_alone(kernel)
+    x = torch.randn(2, 7, 4, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *model.parameters()]
+
+    def gradients(call: Callable[..., Any]) -> list[torch.Tensor]:
+        state, total = None, torch.zeros((), dtype=torch.float64)
+        for t in range(x.shape[1]):
+            y, state = call(x[:, t : t + 1], state)
+            total = total + y.square().sum()
+        return list(torch.autograd.grad(total, leaves))
+
+    wanted = gradients(model)
+    for found in (gradients(lambda *a: checkpoint(model, *a, use_reentrant=False)), under_hooks(gradients, model)):
+        assert all(torch.allclose(a, b, rtol=0, atol=1e-9) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_hooks_on_saved_tensors_do_not_make_single_tokens_record(mode: Callable[[], Any]) -> None:
+    model, x = memory_alone("reference"), torch.randn(1, 1, 4, dtype=torch.float64)
+    with mode(), torch.autograd.graph.save_on_cpu():
+        y, state = model(x)
+    assert not y.requires_grad
+    assert y.is_inference() == (mode is torch.inference_mode)
+    assert not any(t.requires_grad for tensors in state.nodes.values() for t in tensors.values())
+
+
+def memory_alone(kernel: str) -> tg.Model:
+    """One memory, in float64."""
+    b = tg.Builder(dim=4)
+    b.output(b.add("memory.neural", b.input("x", ["B", "T", "dim"]), heads=2, chunk=3, kernel=kernel).recall)
+    model: tg.Model = b.build().double()
+    return model
+
+
+def under_hooks(run: Callable[..., list[torch.Tensor]], model: tg.Model) -> list[torch.Tensor]:
+    """``run(model)`` while what is saved for the backward pass goes to the CPU."""
+    with torch.autograd.graph.save_on_cpu():
+        return run(model)
