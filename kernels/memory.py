@@ -186,6 +186,7 @@ def _transformed(tensors: Sequence[Tensor]) -> bool:
     return any(unpack(x).tangent is not None for x in tensors)
 
 
+@without_autocast
 def _reference(
     network: str,
     objective: str,
@@ -202,11 +203,10 @@ def _reference(
         log.info("memory_scan: kernel reference on %s for %s", tokens[0].device, network)
     anchor, weights, momenta, initial_weights, initial_momenta = state
     q, k, v, step, log_momentum, log_keep = tokens
-    with torch.autocast(q.device.type, enabled=False):
-        y, *ends = memory_reference(
-            network, objective, read, chunk, bounded, anchor, weights, momenta, initial_weights, initial_momenta,
-            q, k, v, step, log_momentum, log_keep, valid, position,
-        )  # fmt: skip
+    y, *ends = memory_reference(
+        network, objective, read, chunk, bounded, anchor, weights, momenta, initial_weights, initial_momenta,
+        q, k, v, step, log_momentum, log_keep, valid, position,
+    )  # fmt: skip
     return y.to(dtype), ends[0], ends[1], ends[2]
 
 

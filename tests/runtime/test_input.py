@@ -203,6 +203,20 @@ def test_a_model_without_memory_for_its_numbers_runs_on_none() -> None:
         model(torch.zeros(2, 9, dtype=torch.int64))
 
 
+@pytest.mark.parametrize("name", ["blocks/mac", "blocks/mag", "blocks/transformer"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_single_tokens_and_the_looks_at_a_state_run_on_meta_too(name: str, grad: bool) -> None:
+    model, x = small(name).to("meta"), torch.zeros(2, 1, 16, device="meta", dtype=torch.float64)
+    with torch.set_grad_enabled(grad):
+        _, state = model(x.expand(2, 5, 16))
+        for _ in range(2):
+            y, state = model(x, state)
+    assert (y.device.type, list(y.shape), state.position.tolist()) == ("meta", [2, 1, 16], [7, 7])
+    assert all(t.device.type == "meta" for tensors in state.nodes.values() for t in tensors.values())
+    with pytest.raises(tg.InputError, match=r"float32, the model torch\.float64"):
+        model(x.float())
+
+
 def test_a_call_does_not_settle_what_single_tokens_put_off() -> None:
     """The check of a state's types looks at what is there; settling it writes all weights of all memories."""
     model = small("lmm")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import itertools
@@ -153,11 +154,11 @@ class Model(nn.Module):
         """Node states in the form in which single tokens are read without gradients."""
         held = state.nodes.held if isinstance(state.nodes, Stepping) else state.nodes
         position = layout.position - 1
-        with torch.autocast(self.device.type, enabled=False):
+        with _without_autocast(self.device.type):
             return {n: self._module(n).stepping(tensors, position) for n, tensors in held.items()}
 
     def _settled(self, node: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        with torch.autocast(self.device.type, enabled=False):
+        with _without_autocast(self.device.type):
             return self._module(node).settled(tensors)
 
     def _module(self, node: str) -> Component:
@@ -343,7 +344,11 @@ def _grow(cache: Tensor, room: int) -> Tensor:
 
 
 def _autocast(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type)
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
+    return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)  # meta: torch knows none
 
 
 def fingerprint(graph: Graph) -> str:
