@@ -132,10 +132,11 @@ class Model(nn.Module):
         if x.shape[1] == 0:
             return self._empty(x, state)
         layout = self._layout(x, state, document)
-        steps = layout.clock.valid.shape[1] == 1 and not self._records(x, state)
+        records = self._records(x, state)
+        steps = layout.clock.valid.shape[1] == 1 and not records
         with torch.set_grad_enabled(torch.is_grad_enabled() and not steps):
             nodes = self._with_room(self._stepping(state, layout) if steps else state.nodes, layout)
-            driver = Driver(self.compilation, self.body, self._runner)
+            driver = Driver(self.compilation, self.body, self._runner, records)
             (name,) = self.compilation.inputs
             outputs, new = driver({name: layout.spread(x)}, nodes, layout.clock, layout.used)
         collected = [layout.collect(y) for y in outputs]

@@ -74,9 +74,7 @@ class _Attach(torch.autograd.Function):
 
 
 def attach(nodes: Nodes) -> Nodes:
-    """States whose floating-point tensors all take part in gradients, while gradients are recorded."""
-    if not torch.is_grad_enabled():
-        return nodes
+    """States whose floating-point tensors all take part in gradients; not where nothing asks for any, or they would be kept."""
     hook = torch.empty(0, requires_grad=True)
 
     def join(t: Tensor) -> Tensor:
@@ -86,13 +84,14 @@ def attach(nodes: Nodes) -> Nodes:
 
 
 class Driver:
-    """Runs one model's programs."""
+    """Runs one model's programs. ``records``: whether anything in the call asks for gradients."""
 
-    def __init__(self, compilation: Compilation, modules: nn.Module, runner: Runner) -> None:
+    def __init__(self, compilation: Compilation, modules: nn.Module, runner: Runner, records: bool) -> None:
         self.c = compilation
         self.lowered: Lowered = compilation.lowered
         self.modules = modules
         self.runner = runner
+        self.attached: Callable[[Nodes], Nodes] = attach if records else lambda nodes: nodes
 
     def __call__(self, inputs: Mapping[str, Tensor], nodes: Nodes, clock: Clock, used: int) -> tuple[list[Any], dict[str, Any]]:
         """Outputs (in declared order) and new node states. inputs ``[B, G, ...]``; ``G`` 1 runs the token program.
@@ -104,7 +103,7 @@ class Driver:
         assert program is not None
         keys = self.lowered.token if single else self.lowered.whole
         values: dict[Ref, Any] = {Ref(name): x for name, x in inputs.items()}
-        nodes = attach(nodes)
+        nodes = self.attached(nodes)
         if not single:
             self.runner.begin(self.modules, clock.valid.shape[0])
         new: dict[str, Any] = {}
@@ -139,7 +138,7 @@ class Driver:
         made: list[Sequence[Any]] = []
         for n, part in enumerate(pieces(clock, size, used)):
             here = [_piece(value, kind, n) for value, kind in zip(cut, types, strict=True)]
-            outputs, nodes = self._call(region, key, here, attach(nodes), part)
+            outputs, nodes = self._call(region, key, here, self.attached(nodes), part)
             made.append(outputs)
         kinds = [self.c.types[ref] for ref in region.outputs]
         grid = clock.valid.shape[1]
