@@ -150,7 +150,9 @@ class Attention(Component, nn.Module):
     def initial_state(self, batch: int) -> dict[str, Tensor]:
         """``cache`` of zeros, which no query sees."""
         shape = (batch, self.reach(), sum(self.timed), 2, self.kv_heads, self.head_dim)
-        return {"cache": self.query.weight.new_zeros(shape)}
+        # Not by the weight of a layer: a user may have put another layer in its place.
+        like = next((p for p in self.parameters() if p.is_floating_point()), torch.zeros(()))
+        return {"cache": like.new_zeros(shape)}
 
     def forward(
         self, x: Tensor | tuple[Tensor, ...], state: Mapping[str, Tensor], clock: Clock

@@ -223,7 +223,7 @@ class NeuralMemory(Component, nn.Module):
         self.p = p
         self.kernel = {"by device": "auto", "chunk": "portable"}.get(p.kernel, p.kernel)
         self.compiles = p.kernel != "reference"  # a loop over tokens: tracing it would write out every token
-        dim = site.features("write")
+        self.dim = dim = site.features("write")
         self.size = p.head_dim or dim // p.heads
         inner = p.heads * self.size
         self.opens, self.segment = site.connected("opening"), site.segment or p.chunk
@@ -264,7 +264,7 @@ class NeuralMemory(Component, nn.Module):
         if self.p.conv:
             state |= {f"tail.{s}": zeros(batch, self.p.conv - 1, self.norm.shape[0]) for s in ("query", "key", "value")}
             if self.opens:
-                state["tail.opening"] = zeros(batch, self.p.conv - 1, self.query.in_features)
+                state["tail.opening"] = zeros(batch, self.p.conv - 1, self.dim)
         return state
 
     def stepping(self, state: State, position: Tensor) -> State:
@@ -286,7 +286,7 @@ class NeuralMemory(Component, nn.Module):
 
     def prebuild(self, batch: int, training: bool) -> None:
         """Begin to build the bodies of the chunks."""
-        p, weight = self.p, self.query.weight
+        p, weight = self.p, self.norm
         if weight.device.type == "cpu" and p.kernel in ("by device", "chunk"):
             form = form_of(p.network, p.objective, p.read, p.cap == "keys")
             needed = kinds(training=training, several=not self.opens or self.segment > p.chunk)
