@@ -26,13 +26,20 @@ def crowding(k: Tensor, ring: Tensor, valid: Tensor, position: Tensor, lead: Ten
     k, ring = k.detach(), ring.detach()
     if k.shape[2] == 1:
         return _one(k, ring, valid, position)
-    r, fresh = _whole(k, ring, valid, lead, end)
+    # The operator has no batching rule, and is there for compiled regions alone.
+    plain = not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
+    r, fresh = (_chunks if plain else _whole)(k, ring, valid, lead, end)
     return r, fresh
 
 
 @torch.library.custom_op("titans_graph::crowding", mutates_args=())
 def _whole(k: Tensor, ring: Tensor, valid: Tensor, lead: Tensor, end: Tensor) -> list[Tensor]:
     """Whole chunks. An operator of its own, so that a compiled region is not specialised on the number of chunks."""
+    return _chunks(k, ring, valid, lead, end)
+
+
+def _chunks(k: Tensor, ring: Tensor, valid: Tensor, lead: Tensor, end: Tensor) -> list[Tensor]:
+    """Whole chunks as plain tensor operations."""
     chunk = ring.shape[1]
     blocks = _blocks(k.transpose(1, 2), chunk)
     filled = _blocks(valid, chunk)

@@ -64,13 +64,23 @@ class _Attach(torch.autograd.Function):
     only, and every region would be compiled twice.
     """
 
+    generate_vmap_rule = True  # torch.func: a memory of ``kernel: reference`` knows its transforms
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, hook: Tensor) -> Tensor:
+    def forward(x: Tensor, hook: Tensor) -> Tensor:
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        """Nothing is kept."""
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return tangents[0].view_as(tangents[0])
 
 
 def attach(nodes: Nodes) -> Nodes:
