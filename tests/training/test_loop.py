@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests.training.data import model, quick, run, small_text
 from tests.training.stand_in import StandIn
-from titans_graph.errors import CheckpointError, UsageError
+from titans_graph.errors import CheckpointError, DataError, UsageError
 from titans_graph.runtime.denormals import flushed
 from titans_graph.training import atomic, logs
 from titans_graph.training.loop import TrainResult, make_optimizer, train
@@ -123,6 +123,14 @@ def test_the_log_holds_what_it_promises(reference: Path) -> None:
     assert {"step", "time", "loss", "bits_per_byte", "lr", "grad_norm", "tokens_per_s"} <= step.keys()
     assert [r["step"] for r in records if r["kind"] == "eval"] == [3, 6]
     assert list((reference / "tensorboard").glob("events.*"))
+
+
+def test_a_text_too_short_for_a_window_leaves_the_folder_to_the_next_try(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(DataError, match="one window needs 5001"):
+        run(out, quick(length=5000))
+    assert not out.exists()
+    assert run(out).step == 6
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:

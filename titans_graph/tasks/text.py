@@ -83,14 +83,19 @@ class Text:
         Row numbers count through the global batch, so several processes share one batch by taking different rows.
         Windows start anywhere in the training part, drawn independently. DataError where the text is too short.
         """
+        starts = self.starts(length)
+        windows = [self.train[s : s + length + 1] for s in (window_start(seed, step, row, starts) for row in rows)]
+        return torch.stack(windows).long()
+
+    def starts(self, length: int) -> int:
+        """In how many places a window of ``length`` may start. DataError where the text is too short for one."""
         starts = len(self.train) - length
         if starts < 1:
             raise DataError(
                 f"{self.name}: the training part has {len(self.train)} bytes, one window needs {length + 1}\n"
                 "  help: give more text, or a smaller length"
             )
-        windows = [self.train[s : s + length + 1] for s in (window_start(seed, step, row, starts) for row in rows)]
-        return torch.stack(windows).long()
+        return starts
 
     def opening(self) -> str:
         """The first words of the training part, at most two: a prompt that suits the text. Empty where it has no words."""

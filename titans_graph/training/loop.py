@@ -81,6 +81,7 @@ def train(
     """
     out = Path(out)
     demand_language_model(model)
+    text.starts(config.length)  # before the folder is this run's: the next try has another length
     accelerator = _accelerator(config)
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:
