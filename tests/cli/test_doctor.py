@@ -280,6 +280,7 @@ def test_json_text_and_seed(tmp_path: Path, capsys: Capture) -> None:
         (["mac", "--batch", "0"], "at least 1"),
         (["blocks/mac", "--text", "TEXT"], "stream of features"),
         (["mac", "--text", "TEXT", "--tokens", "9"], "has 4 bytes"),
+        (["mac", "--text", "/dev/null"], "is empty"),
         (["nowhere"], "nowhere"),
     ],
 )

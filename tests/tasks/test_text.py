@@ -91,6 +91,15 @@ def test_no_text_is_an_error_with_help(tmp_path: Path, made: str) -> None:
     assert str(path) in str(caught.value)
 
 
+def test_a_short_text_is_told_how_long_it_has_to_be(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"y" * 39)
+    with pytest.raises(DataError, match="at least 40"):
+        text.load(path)
+    path.write_bytes(b"y" * 40)
+    assert text.load(path).train.numel() > 1
+
+
 def test_a_window_longer_than_the_text_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"y" * 100)

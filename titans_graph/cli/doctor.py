@@ -111,6 +111,8 @@ def _text(model: Any, path: Path, rows: int, tokens: int) -> Tensor:
     if kind.dim is not None:
         raise UsageError("--text: this model reads a stream of features, not ids")
     content = path.read_bytes()
+    if not content:
+        raise UsageError(f"--text: {path} is empty")
     if len(content) < tokens:
         raise UsageError(f"--text: {path} has {len(content):,} bytes; give --tokens at most that")
     starts = [row * (len(content) - tokens) // max(1, rows - 1) for row in range(rows)]

@@ -166,7 +166,9 @@ def split(documents: Sequence[tuple[str, bytes]], fraction: float = VALIDATION_F
 def _from_file(path: Path) -> Text:
     size = path.stat().st_size
     if size < SMALLEST:
-        raise DataError(f"{path}: {size} bytes are too few to split and train on\n  help: give a longer text")
+        raise DataError(
+            f"{path}: {size} bytes are too few for a training and a validation part\n  help: give a text of at least {SMALLEST}"
+        )
     whole = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
     cut = _cut(size)
     report = f"{path}: {size:,} bytes; the first {cut:,} train, the last {size - cut:,} validation"
