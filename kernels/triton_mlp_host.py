@@ -144,13 +144,15 @@ def backward(
             "mlp_read_plain_backward", mlp_read_plain_backward_kernel, grid, sizes, q, d_y, *tables, saved.m_states,
             entry, d_q, into_m, plan.stride, heads, **common, **resumed, ACT=sizes.activation,
         )  # fmt: skip
-    d_m, d_s, d_anchor = ends.weights.clone(), ends.momenta.clone(), ends.anchor.clone()
+    d_m, d_s = ends.weights.clone(), ends.momenta.clone()
+    # Where a chunk begins here, the entry's anchor is not the final one.
+    d_anchor = ends.anchor.masked_fill(plan.sequences[:, 4].view(-1, *[1] * (d_m.dim() - 1)) >= 0, 0.0)
     start_m, start_s = torch.zeros_like(d_m), torch.zeros_like(d_s)
     launch(
         "mlp_reverse", mlp_reverse_kernel, (len(plan.sequences), heads), sizes, k, *tables, g.vectors, g.ends,
         saved.m_states, entry, saved.deltas, saved.scale, hidden, slope, bend, d_one, d_two, d_hidden, into_m, into_s, d_m,
-        d_s, d_anchor, start_m, start_s, d_v, plan.stride, heads, **common, **way, **resumed, OBJECTIVE=sizes.objective,
-        PARAMETER=kept_limit(parameter, q.dtype),
+        d_s, d_anchor, ends.anchor, start_m, start_s, d_v, plan.stride, heads, **common, **way, **resumed,
+        OBJECTIVE=sizes.objective, PARAMETER=kept_limit(parameter, q.dtype),
     )  # fmt: skip
     launch(
         "mlp_key_backward", mlp_key_backward_kernel, grid, sizes, k, *tables, g.vectors, *states, entry, saved.deltas,

@@ -28,7 +28,7 @@ from titans_graph.kernels.triton_mlp import key_tile
 
 @triton.jit
 def retreat_layer(
-    d_m, d_s, d_anchor, start_d_m, start_d_s, into_m, into_s, place, by_keys, keep, push, surprise_end,
+    d_m, d_s, d_anchor, late_anchor, start_d_m, start_d_s, into_m, into_s, place, by_keys, keep, push, surprise_end,
     begins, restarts, anchored, MIXED: tl.constexpr, RESUMED: tl.constexpr,
 ):  # fmt: skip
     """Cotangents of one tile of one layer from a chunk's end to its start.
@@ -57,8 +57,7 @@ def retreat_layer(
     else:
         new_m += by_keys
     if anchored:
-        new_m += tl.load(d_anchor + place)
-        tl.store(d_anchor + place, tl.zeros(new_m.shape, tl.float32))
+        new_m += tl.load(late_anchor + place)
     if restarts:
         tl.store(start_d_m + place, tl.load(start_d_m + place) + new_m)
         tl.store(start_d_s + place, tl.load(start_d_s + place) + new_s)
@@ -91,6 +90,7 @@ def mlp_reverse_kernel(
     d_m,
     d_s,
     d_anchor,
+    late_anchor,
     start_d_m,
     start_d_s,
     d_v,
@@ -107,9 +107,11 @@ def mlp_reverse_kernel(
 ):
     """The reverse scan of one sequence and head.
 
-    ``d_m``, ``d_s``, ``d_anchor`` fp32 ``[S, H, 2, d, hidden]``: at entry the cotangents of the final state, at the end those
-    of the entry's. ``start_d_m``, ``start_d_s`` gather those of restarts. ``bend`` is replaced by the cotangent of layer 1's
-    product, ``d_delta_two`` by that of layer 2, ``d_delta_one`` is used up. Not ``MIXED``: reading gave ``into_m`` alone.
+    ``d_m``, ``d_s`` fp32 ``[S, H, 2, d, hidden]``: at entry the cotangents of the final state, at the end those of the
+    entry's. So is ``d_anchor`` where no chunk begins; where one does, it is zero at entry, and the final anchor's cotangent
+    is read from ``late_anchor``: a value that is cleared once it was read would need a barrier. ``start_d_m``,
+    ``start_d_s`` gather those of restarts. ``bend`` is replaced by the cotangent of layer 1's product, ``d_delta_two`` by
+    that of layer 2, ``d_delta_one`` is used up. Not ``MIXED``: reading gave ``into_m`` alone.
     """
     number, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     operand = k.dtype.element_ty
@@ -201,9 +203,9 @@ def mlp_reverse_kernel(
             some_keys = tl.load(k + slots + (part + e), mask=ok[:, None], other=0.0)
             d_z = tl.load(bend + (wide + j) + columns)
             retreat_layer(
-                d_m + row, d_s + row, d_anchor + row, start_d_m + row, start_d_s + row, into_m + at * size,
-                into_s + at * size, half + (e * HIDDEN + j), dot(tl.trans(some_keys), d_z), keep, push, surprise_end, begins,
-                restarts, anchored, MIXED, RESUMED,
+                d_m + row, d_s + row, d_anchor + row, late_anchor + row, start_d_m + row, start_d_s + row,
+                into_m + at * size, into_s + at * size, half + (e * HIDDEN + j), dot(tl.trans(some_keys), d_z), keep, push,
+                surprise_end, begins, restarts, anchored, MIXED, RESUMED,
             )  # fmt: skip
         # Layer 2 in a loop of its own: d_x above needs its old cotangents, and together the two spill registers.
         tl.debug_barrier()
@@ -215,9 +217,9 @@ def mlp_reverse_kernel(
             by_keys = dot(tl.trans(turned), tl.load(hidden + (wide + j) + columns))
             by_keys = add_dot(by_keys, tl.trans(some_delta), tl.load(d_delta_one + (wide + j) + columns))
             retreat_layer(
-                d_m + row, d_s + row, d_anchor + row, start_d_m + row, start_d_s + row, into_m + at * size,
-                into_s + at * size, half + (e * HIDDEN + j) + layer, by_keys, keep, push, surprise_end, begins, restarts,
-                anchored, MIXED, RESUMED,
+                d_m + row, d_s + row, d_anchor + row, late_anchor + row, start_d_m + row, start_d_s + row,
+                into_m + at * size, into_s + at * size, half + (e * HIDDEN + j) + layer, by_keys, keep, push, surprise_end,
+                begins, restarts, anchored, MIXED, RESUMED,
             )  # fmt: skip
         tl.debug_barrier()
 
