@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -22,6 +23,11 @@ def running(x: Tensor) -> Tensor:
     return x.float() if x.is_floating_point() and x.dtype.itemsize < 4 else x
 
 
+def no_autocast(device: str) -> AbstractContextManager[object]:
+    """Autocast off on a type of device; on ``meta`` torch knows none."""
+    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+
+
 def without_autocast(run: Callable[P, R]) -> Callable[P, R]:
     """``run`` in the types of its arguments, as the operators for whole chunks are: autocast would round its products.
 
@@ -30,10 +36,7 @@ def without_autocast(run: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(run)
     def inside(*args: P.args, **options: P.kwargs) -> R:
-        device = next(x for x in args if isinstance(x, Tensor)).device.type
-        if device == "meta":  # torch knows no autocast on meta
-            return run(*args, **options)
-        with torch.autocast(device, enabled=False):
+        with no_autocast(next(x for x in args if isinstance(x, Tensor)).device.type):
             return run(*args, **options)
 
     return inside

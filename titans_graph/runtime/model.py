@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import itertools
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from titans_graph.errors import InputError, StateError, UsageError
 from titans_graph.ir import Graph
+from titans_graph.kernels.precision import no_autocast
 from titans_graph.lowering import Holder, Lowered
 from titans_graph.lowering.demand import demand
 from titans_graph.passes import Compilation
@@ -155,11 +155,11 @@ class Model(nn.Module):
         """Node states in the form in which single tokens are read without gradients."""
         held = state.nodes.held if isinstance(state.nodes, Stepping) else state.nodes
         position = layout.position - 1
-        with _without_autocast(self.device.type):
+        with no_autocast(self.device.type):
             return {n: self._module(n).stepping(tensors, position) for n, tensors in held.items()}
 
     def _settled(self, node: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        with _without_autocast(self.device.type):
+        with no_autocast(self.device.type):
             return self._module(node).settled(tensors)
 
     def _module(self, node: str) -> Component:
@@ -346,10 +346,6 @@ def _grow(cache: Tensor, room: int) -> Tensor:
 
 def _autocast(x: Tensor) -> bool:
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
-
-
-def _without_autocast(device: str) -> contextlib.AbstractContextManager[object]:
-    return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)  # meta: torch knows none
 
 
 def fingerprint(graph: Graph) -> str:
