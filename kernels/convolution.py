@@ -17,11 +17,13 @@ def causal_conv(x: Tensor, tail: Tensor, weight: Tensor, bias: Tensor | None, cl
     """
     kernel, slots = weight.shape[1], x.shape[1]
     joined = extend(tail, x, clock.lead)
-    y = x * weight[:, 0]
+    taps = weight.t().contiguous()  # A row a tap: columns would be gathered value by value for every token.
+    # The token's own tap reads the joined stream as well: then only that has to be kept for backward.
+    y = joined[:, kernel - 1 :] * taps[0]
     for j in range(1, kernel):
         start = kernel - 1 - j
         inside = (clock.position >= j)[..., None]
-        y = y + torch.where(inside, joined[:, start : start + slots] * weight[:, j], 0.0)
+        y = y + torch.where(inside, joined[:, start : start + slots] * taps[j], 0.0)
     if bias is not None:
         y = y + bias
     return y, last(joined, clock.end, kernel - 1)

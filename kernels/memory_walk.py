@@ -72,6 +72,11 @@ def cut(x: Tensor, chunk: int) -> tuple[Tensor, ...]:
     return x.view(*x.shape[:2], x.shape[2] // chunk, chunk, *x.shape[3:]).unbind(2)
 
 
+def chunks_first(x: Tensor, chunk: int) -> tuple[Tensor, ...]:
+    """``[B, H, G]`` as one contiguous ``[B, H, C]`` per chunk."""
+    return x.view(*x.shape[:2], x.shape[2] // chunk, chunk).movedim(2, 0).contiguous().unbind(0)
+
+
 def piece(part: Tensor) -> Tensor:
     """One chunk of :func:`cut`, contiguous ``[N, C, ...]``: a copy of one chunk at a time, never of all."""
     return part.contiguous().flatten(0, 1)
@@ -96,7 +101,8 @@ class Walk:
     ) -> None:
         self.form, self.compiled, self.chunk, self.flags = form, use_compiled, chunk, flags
         self.entry_anchor, self.tokens = entry_anchor, tokens
-        self._cut = [cut(x, chunk) for x in tokens]
+        # Gates are small: all chunks' copies at once. Of keys, queries and values a chunk at a time, to save memory.
+        self._cut = [cut(x, chunk) if x.dim() == 4 else chunks_first(x, chunk) for x in tokens]
         rows = valid.view(valid.shape[0], len(flags), chunk).transpose(0, 1).repeat_interleave(tokens[0].shape[1], 1)
         self._slots = rows.contiguous().unbind(0)
         self._bodies: dict[tuple[str, bool], Body] = {}
