@@ -18,6 +18,7 @@ Shapes: ``N`` rows (batch times heads), ``C`` slots of the chunk, ``d`` key size
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -29,6 +30,7 @@ from titans_graph.kernels.networks import Network, PlainUse
 from titans_graph.kernels.undisturbed import unhooked
 
 Named = dict[str, Tensor]
+Product = Callable[[Tensor, Tensor], Tensor]
 
 
 class Mixing(NamedTuple):
@@ -89,8 +91,8 @@ def mixing(read: str, step: Tensor, log_momentum: Tensor, log_keep: Tensor, vali
 class _KeyUse:
     """The key pass: every use gets a zero leaf added, whose gradient is the delta, and its input is noted."""
 
-    def __init__(self, weights: Named, leaves: dict[str, list[Tensor]]) -> None:
-        self.weights, self.leaves = weights, leaves
+    def __init__(self, weights: Named, leaves: dict[str, list[Tensor]], product: Product) -> None:
+        self.weights, self.leaves, self.product = weights, leaves, product
         self.inputs: dict[str, list[Tensor]] = {name: [] for name in weights}
         self.count = dict.fromkeys(weights, 0)
 
@@ -100,7 +102,7 @@ class _KeyUse:
 
     def linear(self, name: str, u: Tensor) -> Tensor:
         self.inputs[name].append(u)
-        return torch.bmm(u, self.weights[name]) + self._leaf(name)
+        return self.product(u, self.weights[name]) + self._leaf(name)
 
     def vector(self, name: str) -> Tensor:
         return self.weights[name].unsqueeze(-2) + self._leaf(name)
@@ -109,8 +111,8 @@ class _KeyUse:
 class _QueryUse:
     """The query pass: every use reads the weights of its slot, formed from first values and deltas."""
 
-    def __init__(self, weights: Named, momenta: Named, mix: Mixing, trace: Trace) -> None:
-        self.weights, self.momenta, self.mix, self.trace = weights, momenta, mix, trace
+    def __init__(self, weights: Named, momenta: Named, mix: Mixing, trace: Trace, product: Product) -> None:
+        self.weights, self.momenta, self.mix, self.trace, self.product = weights, momenta, mix, trace, product
 
     def linear(self, name: str, u: Tensor) -> Tensor:
         weight, momentum, mix = self.weights[name], self.momenta[name], self.mix
@@ -118,9 +120,9 @@ class _QueryUse:
             # Rows are scaled on the narrower side of the product.
             z = torch.bmm(mix.weights * u, weight) + torch.bmm(mix.momenta * u, momentum)
         else:
-            z = mix.weights * torch.bmm(u, weight) + mix.momenta * torch.bmm(u, momentum)
+            z = mix.weights * self.product(u, weight) + mix.momenta * self.product(u, momentum)
         for source, delta in zip(self.trace.inputs[name], self.trace.deltas[name], strict=True):
-            z = z - torch.bmm(mix.deltas * torch.bmm(u, source.mT), delta)
+            z = z - torch.bmm(mix.deltas * self.product(u, source.mT), delta)
         return z
 
     def vector(self, name: str) -> Tensor:
@@ -131,7 +133,9 @@ class _QueryUse:
         return value
 
 
-def trace_keys(network: Network, objective: Objective, anchor: Named, k: Tensor, v: Tensor) -> Trace:
+def trace_keys(
+    network: Network, objective: Objective, anchor: Named, k: Tensor, v: Tensor, product: Product = torch.bmm
+) -> Trace:
     """Run the network on the keys ``[N, C, d]`` at the anchor and take one vector-Jacobian product for all deltas."""
     uses = network.uses(k.shape[-1])
     leaves: dict[str, list[Tensor]] = {name: [] for name in anchor}
@@ -139,7 +143,7 @@ def trace_keys(network: Network, objective: Objective, anchor: Named, k: Tensor,
         leaves[name].append(k.new_zeros(*k.shape[:-1], anchor[name].shape[-1]))
 
     def total(leaves: dict[str, list[Tensor]]) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        use = _KeyUse(anchor, leaves)
+        use = _KeyUse(anchor, leaves, product)
         loss = objective.loss(network.apply(k, use), v)
         return loss, use.inputs
 
@@ -206,20 +210,21 @@ def memory_chunk(
     log_momentum: Tensor,
     log_keep: Tensor,
     valid: Tensor,
+    product: Product,
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
     """One chunk, or the rest of one: ``(y [N, C, d], weights', momenta')``, equations 8-18.
 
     ``anchor`` holds the chunk's first weights, ``weights`` and ``momenta`` the values just before the first valid slot;
     they differ from the anchor where the chunk is resumed in the middle. q, k, v ``[N, C, d]``, gates and ``valid``
     ``[N, C]``; the step is used as given. Without q nothing is read and y is None. Outputs at invalid slots are finite
-    where the inputs are.
+    where the inputs are. ``product`` multiplies what is worth keeping for backward (:class:`Products`).
     """
     names = list(form.network.weights(k.shape[-1]))
     at, now, moving = (dict(zip(names, values, strict=True)) for values in (anchor, weights, momenta))
     mix = mixing(form.read, step, log_momentum, log_keep, valid)
-    trace = trace_keys(form.network, form.objective, at, k, v)
+    trace = trace_keys(form.network, form.objective, at, k, v, product)
     y = None
     if q is not None:
-        y = form.network.apply(q, PlainUse(at) if form.read == "chunk" else _QueryUse(now, moving, mix, trace))
+        y = form.network.apply(q, PlainUse(at) if form.read == "chunk" else _QueryUse(now, moving, mix, trace, product))
     ends = [_end(mix, trace, name, now[name], moving[name]) for name in names]
     return y, [end[0] for end in ends], [end[1] for end in ends]

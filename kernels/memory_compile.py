@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from titans_graph.kernels.memory_chunk import Form, memory_chunk, step_scale
 from titans_graph.kernels.memory_objectives import REPLACED
+from titans_graph.kernels.memory_products import Products
 from titans_graph.kernels.turns import Building
 
 log = logging.getLogger("titans_graph.kernels")
@@ -37,43 +38,48 @@ COMING: dict[Signature, Callable[[], None]] = {}
 """Bodies that another process is building (:mod:`~titans_graph.kernels.memory_prebuild`): call to wait for one."""
 
 
-def chunk_body(form: Form, count: int, *, resumed: bool = False, answer: bool = True) -> Body:
+def chunk_body(form: Form, count: int, *, kept: bool, given: bool, resumed: bool = False, answer: bool = True) -> Body:
     """The chunk as a flat function ``(anchor.., weights.., momenta.., q, k, v, step, log_momentum, log_keep, valid)``.
 
     ``count`` is the number of fast weights. Only a ``resumed`` chunk, which began in an earlier call, has an anchor; else
-    the anchor is the weights. Returns ``(y, weights'.., momenta'..)``, and for a bounded form last the scale of the step
-    ``[N, C]``. Without ``answer`` there is neither q nor y.
+    the anchor is the weights. Returns ``(y, weights'.., momenta'..)``, for a bounded form the scale of the step
+    ``[N, C]``, and where products are ``kept`` those (:mod:`~titans_graph.kernels.memory_products`). Where they are
+    ``given``, they are the last argument and not returned. Without ``answer`` there is neither q nor y.
     """
 
     def body(*args: Tensor) -> tuple[Tensor, ...]:
+        products, args = (Products(args[-1]), args[:-1]) if given else (Products(), args)
         parts = [list(args[i * count : (i + 1) * count]) for i in range(2 + resumed)]
         anchor, (weights, momenta), tokens = parts[0], parts[-2:], args[(2 + resumed) * count :]
         q, (k, v, step, log_momentum, log_keep, valid) = (tokens[0] if answer else None), tokens[-6:]
         scale = [step_scale(form, anchor, k)] if form.bounded else []
         if scale:
             step = step * scale[0]
-        y, new, moving = memory_chunk(form, anchor, weights, momenta, q, k, v, step, log_momentum, log_keep, valid)
-        return *([] if y is None else [y]), *new, *moving, *scale
+        y, new, moving = memory_chunk(
+            form, anchor, weights, momenta, q, k, v, step, log_momentum, log_keep, valid, products if kept else torch.bmm
+        )
+        return *([] if y is None else [y]), *new, *moving, *scale, *products.made()
 
     return body
 
 
-def pullback(body: Body, inputs: int) -> Body:
-    """The body's vector-Jacobian product, second order included: ``(inputs.., valid, cotangents..)`` to cotangents."""
+def pullback(body: Body, inputs: int, fixed: int) -> Body:
+    """The body's vector-Jacobian product, second order included: ``(inputs.., fixed.., cotangents..)`` to cotangents."""
 
     def pull(*args: Tensor) -> tuple[Tensor, ...]:
-        valid, cotangents = args[inputs], args[inputs + 1 :]
-        back = torch.func.vjp(lambda *x: tuple(body(*x, valid)), *args[:inputs])[1]
+        constant, cotangents = args[inputs : inputs + fixed], args[inputs + fixed :]
+        back = torch.func.vjp(lambda *x: tuple(body(*x, *constant)), *args[:inputs])[1]
         result: tuple[Tensor, ...] = back(tuple(cotangents))
         return result
 
     return pull
 
 
-def body_of(form: Form, kind: str, count: int, *, resumed: bool = False) -> Body:
-    """The body of a kind for ``count`` fast weights."""
-    body = chunk_body(form, count, resumed=resumed, answer=kind != ADVANCE)
-    return pullback(body, (2 + resumed) * count + 6) if kind == PULLBACK else body
+def body_of(form: Form, kind: str, count: int, *, kept: bool, resumed: bool = False) -> Body:
+    """The body of a kind for ``count`` fast weights; ``kept``: forward keeps products, the other kinds are given them."""
+    given = kept and kind != FORWARD
+    body = chunk_body(form, count, kept=kept, given=given, resumed=resumed, answer=kind != ADVANCE)
+    return pullback(body, (2 + resumed) * count + 6, 1 + given) if kind == PULLBACK else body
 
 
 @lru_cache(maxsize=1)

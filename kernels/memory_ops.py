@@ -21,11 +21,16 @@ from titans_graph.errors import UsageError
 from titans_graph.kernels.memory_checkpoints import SPARE, slots, spacing
 from titans_graph.kernels.memory_chunk import Form
 from titans_graph.kernels.memory_objectives import REPLACED, parse_objective
+from titans_graph.kernels.memory_products import kept_width
 from titans_graph.kernels.memory_walk import Flags, Walk, added, cut, flags_of, masked, merge, piece, split, where
 from titans_graph.kernels.networks import parse_network
 from titans_graph.kernels.undisturbed import undisturbed
 
 log = logging.getLogger("titans_graph.kernels")
+
+SCAN = "titans_graph::memory_scan_2"
+"""The operator's name. A region that torch has compiled and kept on disk is found again by the names and arguments of its
+operators, whatever these return by now: the name changes wherever the number or the shapes of the results do."""
 
 
 @lru_cache(maxsize=64)
@@ -57,7 +62,7 @@ def _walk(
     return Walk(form, use_compiled, chunk, flags, merge(anchor), list(tokens), valid)
 
 
-@torch.library.custom_op("titans_graph::memory_scan", mutates_args=())
+@torch.library.custom_op(SCAN, mutates_args=())
 def scan_op(
     network: str,
     objective: str,
@@ -79,7 +84,7 @@ def scan_op(
 
     ``every``: chunks from one checkpoint to the next, ``AUTOMATIC``, or 0 for none. ``saved`` holds, unless it is 0: where
     bounded, the scale of the step ``[B, H, G]``; per weight and momentum the values that checkpointed chunks start from,
-    ``[K, N, *shape]``.
+    ``[K, N, *shape]``; where a chunk keeps products, those of all chunks ``[K', N, C, width]``.
     """
     spec = network, objective, read, chunk, bounded, compiled
 
@@ -107,8 +112,9 @@ def _forward(
     scale = [y.new_empty(y.shape[:3])] if every and walk.form.bounded else []
     size = _size((*now, *moving))
     kept = [x.new_empty(slots(steps, every, size), *x.shape) for x in (*now, *moving)] if every else []
+    products = [y.new_empty(steps + SPARE, y.shape[0], chunk, walk.width)] if every and walk.width else []
     every = spacing(steps, every, size)
-    for slot in kept:
+    for slot in (*kept, *products):
         slot[-SPARE:].zero_()
     at, answers = walk.entry_anchor, y.unbind(1)
     for c, flags in enumerate(walk.flags):
@@ -123,10 +129,12 @@ def _forward(
         now, moving = ends[: len(now)], ends[len(now) : 2 * len(now)]
         for slot, x in zip(scale, ends[2 * len(now) :], strict=False):
             slot[:, c] = x
+        for slot in products:
+            slot[c].copy_(ends[-1])
     # An operator's results must not alias its arguments (the anchor may still be the entry's), and have the strides that
     # its fake has, whatever a body gives.
     ends = [*(_copy(x) for x in at), *(x.contiguous() for x in (*now, *moving))]
-    return [y, *ends, *(x.view(q.shape[:3]) for x in scale), *kept]
+    return [y, *ends, *(x.view(q.shape[:3]) for x in scale), *kept, *products]
 
 
 def _copy(x: Tensor) -> Tensor:
@@ -163,10 +171,13 @@ def _(
     if every:
         count = slots(q.shape[2] // chunk, every, _size((*weights, *momenta)))
         kept = [x.new_empty(count, x.shape[0] * x.shape[1], *x.shape[2:]) for x in (*weights, *momenta)]
+        width = kept_width(form_of(network, objective, read, bounded).network, q.shape[3], chunk, read)
+        if width:
+            kept.append(q.new_empty(q.shape[2] // chunk + SPARE, q.shape[0] * q.shape[1], chunk, width))
     return [q.new_empty(q.shape), *state, *scale, *kept]
 
 
-@torch.library.custom_op("titans_graph::memory_scan_backward", mutates_args=())
+@torch.library.custom_op(f"{SCAN}_backward", mutates_args=())
 def backward_op(
     network: str,
     objective: str,
@@ -197,7 +208,7 @@ def backward_op(
             taken = [*tokens[:3], *(tokens[3] * x for x in scale), *tokens[3 + len(scale) :]]
             walk = _walk(spec, anchor, taken, valid, position)
             initial = merge(initial_weights), merge(initial_momenta)
-            gap = spacing(len(walk.flags), every, sum(_size([x[0]]) for x in kept))
+            gap = spacing(len(walk.flags), every, sum(_size([x[0]]) for x in kept[: 2 * len(anchor)]))
             sweep = _Sweep(walk, gap, initial, kept, merge(grads[1:]), grads[0])
             for c in reversed(range(len(walk.flags))):
                 sweep.chunk(c)
@@ -222,8 +233,10 @@ class _Sweep:
         ends: list[Tensor],
         y: Tensor,
     ) -> None:
-        self.walk, self.every, self.initial, self.saved, self.y = walk, every, initial, saved, cut(y, walk.chunk)
+        self.walk, self.every, self.initial, self.y = walk, every, initial, cut(y, walk.chunk)
         self.count = len(ends) // 3
+        self.states, products = saved[: 2 * self.count], saved[2 * self.count :]
+        self.products = [x.unbind(0) for x in products]
         self.weights, self.momenta = ends[self.count : 2 * self.count], ends[2 * self.count :]
         self.anchor: list[Tensor] | None = ends[: self.count]
         self.initial_weights = [torch.zeros_like(x) for x in self.weights]
@@ -236,16 +249,20 @@ class _Sweep:
         """Weights and momenta that chunk ``c`` starts from: a checkpoint, or recomputed from the one before."""
         if not self.group:
             base = c - c % self.every
-            kept = [x[base // self.every] for x in self.saved]
+            kept = [x[base // self.every] for x in self.states]
             now, moving = kept[: self.count], kept[self.count :]
             self.group = [(now, moving)]
             for i in range(base, c):
-                now, moving = self.walk.advance(i, now, moving)
+                now, moving = self.walk.advance(i, now, moving, self.kept(i))
                 flags = self.walk.flags[i + 1]
                 if flags.any_restart:
                     now, moving = (where(flags.restart, a, b) for a, b in zip(self.initial, (now, moving), strict=True))
                 self.group.append((now, moving))
         return self.group.pop()
+
+    def kept(self, c: int) -> list[Tensor]:
+        """The products that forward kept of chunk ``c``: one tensor or none."""
+        return [x[c] for x in self.products]
 
     def chunk(self, c: int) -> None:
         """Carry the cotangents from the end of chunk ``c`` to its start."""
@@ -254,7 +271,7 @@ class _Sweep:
         y = piece(self.y[c])
         if not flags.full:
             y = torch.where(walk.slots(c)[..., None], y, 0.0)
-        grads = walk.backward(c, inputs, [y, *self.weights, *self.momenta], count)
+        grads = walk.backward(c, inputs, self.kept(c), [y, *self.weights, *self.momenta], count)
         if flags.resumed:
             body_anchor, grads = grads[:count], grads[count:]
             # In rows that begin their chunk here the anchor is the weights.
@@ -334,7 +351,7 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     return (*[None] * 7, *parts, result[5 * n :], None, None)
 
 
-torch.library.register_autograd("titans_graph::memory_scan", _backward, setup_context=_setup_context)
+torch.library.register_autograd(SCAN, _backward, setup_context=_setup_context)
 
 
 def once_only(*_: Any) -> Any:
@@ -344,4 +361,4 @@ def once_only(*_: Any) -> Any:
     )
 
 
-torch.library.register_autograd("titans_graph::memory_scan_backward", once_only)
+torch.library.register_autograd(f"{SCAN}_backward", once_only)

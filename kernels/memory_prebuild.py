@@ -37,6 +37,7 @@ from titans_graph.kernels.memory_compile import (
     signature_of,
 )
 from titans_graph.kernels.memory_objectives import parse_objective
+from titans_graph.kernels.memory_products import kept_width
 from titans_graph.kernels.networks import Network, parse_network
 
 CHILDREN: list[subprocess.Popen[bytes]] = []
@@ -55,12 +56,13 @@ def kinds(*, training: bool, several: bool) -> list[str]:
     return [FORWARD, *([PULLBACK] if training else []), *([ADVANCE] if training and several else [])]
 
 
-def all_arguments(kind: str, inputs: list[Argument]) -> list[Argument]:
-    """What the body of a kind is called with."""
+def all_arguments(kind: str, inputs: list[Argument], width: int) -> list[Argument]:
+    """What the body of a kind is called with, where forward keeps ``width`` values a slot for backward."""
     valid, answer, state = (torch.bool, inputs[-1][1]), inputs[-6], inputs[:-6]
+    kept: list[Argument] = [(answer[0], (*answer[1][:2], width))] if width else []
     if kind == ADVANCE:
-        return [*state, *inputs[-5:], valid]
-    return [*inputs, valid, answer, *state] if kind == PULLBACK else [*inputs, valid]
+        return [*state, *inputs[-5:], valid, *kept]
+    return [*inputs, valid, *kept, answer, *state] if kind == PULLBACK else [*inputs, valid]
 
 
 def prebuild(form: Form, needed: Sequence[str], rows: int, chunk: int, dim: int, dtype: torch.dtype) -> None:
@@ -68,9 +70,10 @@ def prebuild(form: Form, needed: Sequence[str], rows: int, chunk: int, dim: int,
 
     ``needed``: kinds in the order in which they will be needed. ``rows`` is batch times heads, ``dim`` the size of a key.
     """
-    inputs = arguments(form.network, rows, chunk, dim, dtype)
+    inputs, width = arguments(form.network, rows, chunk, dim, dtype), kept_width(form.network, dim, chunk, form.read)
     signatures = {
-        kind: signature_of((form_for(form, kind), kind), torch.device("cpu"), all_arguments(kind, inputs)) for kind in needed
+        kind: signature_of((form_for(form, kind), kind), torch.device("cpu"), all_arguments(kind, inputs, width))
+        for kind in needed
     }
     if _ASKED.issuperset(signatures.values()) or not compiler_available() or not _can_help(form):
         return
@@ -87,6 +90,7 @@ def prebuild(form: Form, needed: Sequence[str], rows: int, chunk: int, dim: int,
         "read": form.read,
         "bounded": form.bounded,
         "inputs": [(str(t).removeprefix("torch."), s) for t, s in inputs],
+        "width": width,
         "kinds": list(needed),
         # Generated code, and with it the entry in the cache, is made for a number of threads.
         "threads": torch.get_num_threads(),
@@ -137,10 +141,10 @@ def main(request: dict[str, Any]) -> None:
     torch.set_num_threads(request["threads"])
     form = Form(parse_network(request["network"]), parse_objective(request["objective"]), request["read"], request["bounded"])
     inputs = [(getattr(torch, name), tuple(shape)) for name, shape in request["inputs"]]
-    mark = Path(request["mark"])
+    mark, width = Path(request["mark"]), request["width"]
     for kind in request["kinds"]:
-        body = body_of(form_for(form, kind), kind, (len(inputs) - 6) // 2)
-        build(body, [torch.zeros(shape, dtype=dtype) for dtype, shape in all_arguments(kind, inputs)])
+        body = body_of(form_for(form, kind), kind, (len(inputs) - 6) // 2, kept=width > 0)
+        build(body, [torch.zeros(shape, dtype=dtype) for dtype, shape in all_arguments(kind, inputs, width)])
         mark.with_suffix(f".{kind}").touch()
     mark.touch()
 

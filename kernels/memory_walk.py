@@ -13,6 +13,7 @@ from torch import Tensor
 
 from titans_graph.kernels.memory_chunk import Form
 from titans_graph.kernels.memory_compile import ADVANCE, FORWARD, PULLBACK, Body, body_of, compiled
+from titans_graph.kernels.memory_products import kept_width
 
 
 class Flags(NamedTuple):
@@ -105,6 +106,7 @@ class Walk:
         self._cut = [cut(x, chunk) if x.dim() == 4 else chunks_first(x, chunk) for x in tokens]
         rows = valid.view(valid.shape[0], len(flags), chunk).transpose(0, 1).repeat_interleave(tokens[0].shape[1], 1)
         self._slots = rows.contiguous().unbind(0)
+        self.width = kept_width(form.network, tokens[0].shape[3], chunk, form.read)
         self._bodies: dict[tuple[str, bool], Body] = {}
 
     def slots(self, c: int) -> Tensor:
@@ -120,25 +122,32 @@ class Walk:
         return [*where(self.flags[c].first, weights, self.entry_anchor), *state]
 
     def forward(self, c: int, weights: list[Tensor], momenta: list[Tensor]) -> list[Tensor]:
-        """Run chunk ``c``: ``[y [N, C, d], weights'.., momenta'.., scale [N, C] if bounded]``."""
+        """Run chunk ``c``: ``[y [N, C, d], weights'.., momenta'.., scale [N, C] if bounded, products [N, C, K] if K > 0]``.
+
+        K is ``width``.
+        """
         args = [*self.inputs(c, weights, momenta), self.slots(c)]
         return list(self._run(c, FORWARD, args, len(weights)))
 
-    def advance(self, c: int, weights: list[Tensor], momenta: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Weights and momenta after chunk ``c``; nothing is read."""
+    def advance(
+        self, c: int, weights: list[Tensor], momenta: list[Tensor], products: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights and momenta after chunk ``c``; nothing is read. ``products``: what forward kept of it."""
         count = len(weights)
         inputs = self.inputs(c, weights, momenta)
-        result = self._run(c, ADVANCE, [*inputs[:-6], *inputs[-5:], self.slots(c)], count)
+        result = self._run(c, ADVANCE, [*inputs[:-6], *inputs[-5:], self.slots(c), *products], count)
         return list(result[:count]), list(result[count:])
 
-    def backward(self, c: int, inputs: list[Tensor], cotangents: list[Tensor], count: int) -> list[Tensor]:
+    def backward(
+        self, c: int, inputs: list[Tensor], products: list[Tensor], cotangents: list[Tensor], count: int
+    ) -> list[Tensor]:
         """Input cotangents of chunk ``c``'s body."""
-        return list(self._run(c, PULLBACK, [*inputs, self.slots(c), *cotangents], count))
+        return list(self._run(c, PULLBACK, [*inputs, self.slots(c), *products, *cotangents], count))
 
     def _run(self, c: int, kind: str, args: list[Tensor], count: int) -> Sequence[Tensor]:
         key = kind, self.flags[c].resumed
         if key not in self._bodies:
-            body = body_of(self.form, kind, count, resumed=key[1])
+            body = body_of(self.form, kind, count, kept=self.width > 0, resumed=key[1])
             # At most the first chunk of a row is resumed: not worth a compilation of its own.
             use = self.compiled and not key[1]
             self._bodies[key] = compiled((self.form, kind), body, args) if use else body

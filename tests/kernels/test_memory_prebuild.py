@@ -14,9 +14,12 @@ import torch
 from titans_graph.kernels import memory_compile, memory_prebuild
 from titans_graph.kernels.memory_compile import ADVANCE, COMING, FORWARD, PULLBACK, Argument, Signature, body_of, compiled
 from titans_graph.kernels.memory_ops import form_of
+from titans_graph.kernels.memory_products import kept_width
+from titans_graph.kernels.networks import parse_network
 
 ROOT = Path(__file__).resolve().parents[2]
-FORM = form_of("linear", "l2", "after", True)
+FORM = form_of(parse_network({"mlp": {"depth": 2, "hidden": 8}}).text(), "l2", "after", True)
+WIDTH = kept_width(FORM.network, 3, 4, "after")
 
 
 @pytest.fixture
@@ -47,7 +50,8 @@ def build_here() -> None:
     inputs = memory_prebuild.arguments(FORM.network, 2, 4, 3, torch.float32)
     for kind in KINDS:
         form = memory_prebuild.form_for(FORM, kind)
-        compiled((form, kind), body_of(form, kind, 1), tensors(memory_prebuild.all_arguments(kind, inputs)))
+        body = body_of(form, kind, len(inputs) // 2 - 3, kept=WIDTH > 0)
+        compiled((form, kind), body, tensors(memory_prebuild.all_arguments(kind, inputs, WIDTH)))
 
 
 SCRIPT = """
