@@ -348,7 +348,7 @@ output: y
     assert found.help == "the loop's segment 8 must be a multiple of 6"
 
 
-def test_a_loop_of_single_tokens_is_a_warning_and_builds(tmp_path: Path) -> None:
+def test_a_loop_of_single_tokens_is_a_warning_and_builds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     text = """input: {x: [B, T, 8]}
 segment: 1
 nodes:
@@ -360,6 +360,7 @@ output: y
     assert isinstance(found, errors.SlowLoop)
     assert found.render().splitlines()[0].endswith("warning: this loop runs token by token")
     assert tg.load(tmp_path / "spec.yaml").compilation.loops[0].period == 1
+    assert caplog.messages == [found.render()]
 
 
 def test_a_broken_reference_is_one_mistake(tmp_path: Path) -> None:

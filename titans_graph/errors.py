@@ -180,6 +180,12 @@ class SlowLoop(Diagnostic):
     severity = "warning"
 
 
+class IdleOverride(Diagnostic):
+    """A parameter of a spec is overridden, and only the default of another overridden one reads it."""
+
+    severity = "warning"
+
+
 class SpecError(TitansGraphError):
     """All mistakes of one declared graph, sorted by place. ``diagnostics`` holds them; ``str()`` renders them."""
 

@@ -324,12 +324,12 @@ def check_planted(planted: Planted) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "spec.yaml"
         path.write_text(planted.text, encoding="utf-8")
-        found = tg.check(path)
+        found = tg.check(path, **planted.overrides)
         got = [(type(d), d.span.line if d.span else None) for d in found]
         shown = "\n".join(d.render() for d in found)
         assert got == [(planted.error, planted.line)], f"expected {planted.error.__name__} on line {planted.line}:\n{shown}"
         with contextlib.nullcontext() if planted.error.severity == "warning" else pytest.raises(tg.SpecError):
-            tg.load(path)
+            tg.load(path, **planted.overrides)
 
 
 def check_dependences(component: type[Component], site: Site, tokens: int, *, tight: bool = False) -> None:

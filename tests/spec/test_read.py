@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from titans_graph import errors
-from titans_graph.errors import Diagnostic, UsageError
+from titans_graph.errors import Diagnostic, IdleOverride, UsageError
 from titans_graph.ir import Ref, validate
 from titans_graph.shapes import fixed, ids, stream
 from titans_graph.spec import Declared, find, read, read_text, shipped, to_yaml
@@ -220,6 +220,36 @@ def test_diagnostics_as_people_see_them() -> None:
 )
 def test_bad_overrides(overrides: dict[str, Any], message: str) -> None:
     assert read_text(MAC, **overrides).diagnostics[0].message.startswith(message)
+
+
+CHAIN = """
+titans_graph: 1
+parameters: {dim: 8, width: 4, inner: $width * 2, sizes: $inner + 1, other: $width}
+input: {tokens: [B, T]}
+nodes:
+  embedded: {use: embedding.fake, in: tokens, dim: $dim, expansion: %s}
+output: {y: embedded}
+"""
+"""``sizes`` reads ``width`` by way of ``inner``; what else is read depends on the node."""
+
+
+@pytest.mark.parametrize(
+    ("read", "overrides", "idle"),
+    [
+        ("$sizes", {"sizes": 3, "width": 5}, [("width", "sizes")]),
+        ("$sizes + $other", {"sizes": 3, "width": 5}, []),
+        ("$sizes + $other", {"sizes": 3, "other": 1, "width": 5}, [("width", "sizes")]),
+        ("$sizes + $other", {"sizes": 3, "inner": 2, "dim": 4}, [("inner", "sizes")]),
+        ("$sizes + $other", {"inner": 3, "other": 1, "width": 5}, [("width", "inner")]),
+        ("$sizes + $width", {"sizes": 3, "other": 1, "width": 5}, []),
+        ("$sizes + $other", {"width": 5}, []),
+    ],
+)
+def test_overrides_without_effect(read: str, overrides: dict[str, Any], idle: list[tuple[str, str]]) -> None:
+    found = [d for d in read_text(CHAIN % read, **overrides).diagnostics if isinstance(d, IdleOverride)]
+    assert [d.message for d in found] == [
+        f"override of parameter {name!r} has no effect: only the default of {by!r} reads it" for name, by in idle
+    ]
 
 
 def test_a_broken_spec_gives_what_can_be_followed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from os import PathLike
 from typing import Any
@@ -15,6 +16,8 @@ from titans_graph.runtime.model import Model
 from titans_graph.spec import Declared, read
 
 PASSES = (*CHECKS, *PLANS, Lower())
+
+log = logging.getLogger("titans_graph")
 
 
 def declare(source: str | PathLike[str] | Graph, **parameters: Any) -> Declared:
@@ -35,7 +38,7 @@ def compilation(
 ) -> Compilation:
     """Run the compiler: all passes, or up to ``after``; optional passes named in ``disable`` are left out.
 
-    Raises SpecError with every mistake found.
+    Raises SpecError with every mistake found; warnings alone go to the log ``titans_graph``.
     """
     declared = declare(source, **parameters)
     if declared.graph is None:
@@ -45,6 +48,8 @@ def compilation(
         raise SpecError(_checked(start))
     done = run(start, PASSES, disable=disable, after=after)
     raise_errors(capped([*done.diagnostics]))
+    for warning in done.diagnostics:
+        log.warning(warning.render())
     return done
 
 

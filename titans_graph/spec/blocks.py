@@ -6,12 +6,21 @@ import functools
 import json
 import re
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from titans_graph import registry
-from titans_graph.errors import DuplicateKey, LimitExceeded, MissingKey, Span, UnknownKey, UnusedParameter, WrongType
+from titans_graph.errors import (
+    DuplicateKey,
+    IdleOverride,
+    LimitExceeded,
+    MissingKey,
+    Span,
+    UnknownKey,
+    UnusedParameter,
+    WrongType,
+)
 from titans_graph.ir.hints import hint, nearest
 from titans_graph.ir.limits import MAIN, MAX_BLOCKS, MAX_ELEMENTS, NAME
 from titans_graph.ir.model import BAD_REF, Block, Ref
@@ -235,7 +244,33 @@ def check_parameters(scope: Scope, table: Table, own: tuple[str, ...], extra: se
             scope.report(UnusedParameter, message, tree.entries[name].key.span, help=help)
 
 
+def check_overrides(scope: Scope, table: Table, own: Table, given: Collection[str], extra: set[str]) -> None:
+    """Report ``given`` parameters of a spec that only the defaults of other given ones read; ``extra`` is read elsewhere."""
+    readers = {name: mentioned([entry.value]) for name, entry in own.entries.items()}
+
+    def reached(names: Iterable[str]) -> set[str]:
+        """What is read by ``names``, and by the defaults of those that have not been given."""
+        found, waiting = set[str](), list(names)
+        while waiting:
+            name = waiting.pop()
+            if name not in found and name not in given:
+                waiting.extend(readers.get(name, ()))
+            found.add(name)
+        return found
+
+    read = reached({*_mentions(table, "input", "segment", "nodes"), *axis_names(table.get("input")), *extra})
+    for name in (name for name in given if name in readers and name not in read):
+        for other in (other for other in given if name in reached(readers.get(other, ()))):
+            message = f"override of parameter {name!r} has no effect: only the default of {other!r} reads it"
+            help = f"{other!r} is overridden as well: leave out one of the two"
+            scope.report(IdleOverride, message, own.entries[name].key.span, help=help)
+            break
+
+
+def _mentions(table: Table, *keys: str) -> set[str]:
+    return mentioned([table.get(key) for key in keys])
+
+
 def mentions(table: Table) -> set[str]:
     """The parameters that the tree of a spec or block mentions."""
-    parts = [table.get(key) for key in ("parameters", "input", "segment", "nodes")]
-    return mentioned(parts) | axis_names(table.get("input"))
+    return _mentions(table, "parameters", "input", "segment", "nodes") | axis_names(table.get("input"))

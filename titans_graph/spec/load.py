@@ -84,7 +84,7 @@ def _declared(scope: Scope, tree: Table, file: str, stem: str, overrides: Mappin
         made = blocks.Blocks(scope, values, _templates(scope, tree.get("blocks")))
         main = made.block(MAIN, MAIN, tree, tree.span, values)
         made.finish()
-        _check_parameters(scope, tree, made)
+        _check_parameters(scope, tree, made, overrides)
     except EnoughMistakes:
         return Declared(None, capped(list(scope.problems)), values)
     graph = Graph(_name(scope, tree.get("name"), stem), main, made.made)
@@ -112,8 +112,9 @@ def _templates(scope: Scope, tree: Tree | None) -> dict[str, blocks.Template]:
     return found
 
 
-def _check_parameters(scope: Scope, tree: Table, made: blocks.Blocks) -> None:
-    """Report parameters nobody mentions, of the spec and of each block; a block's own hide those of the spec."""
+def _check_parameters(scope: Scope, tree: Table, made: blocks.Blocks, overrides: Mapping[str, Any]) -> None:
+    """Report parameters nobody mentions, of the spec and of each block, and overrides without effect; a block's own hide
+    those of the spec."""
     elsewhere: set[str] = set()
     for template in made.templates.values():
         if template.table is None:
@@ -125,6 +126,7 @@ def _check_parameters(scope: Scope, tree: Table, made: blocks.Blocks) -> None:
     own = tree.get("parameters")
     if isinstance(own, Table):
         blocks.check_parameters(scope, tree, tuple(own.entries), elsewhere)
+        blocks.check_overrides(scope, tree, own, overrides, elsewhere)
 
 
 def _name(scope: Scope, tree: Tree | None, stem: str) -> str:

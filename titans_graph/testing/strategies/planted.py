@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from hypothesis import assume, note
@@ -24,12 +24,16 @@ Found = tuple[type[Diagnostic], Address] | None
 
 @dataclass(frozen=True)
 class Planted:
-    """A spec with one mistake: the text, the mistake's name, the class of the one diagnostic it must give, and its line."""
+    """A spec with one mistake: the text, the mistake's name, the class of the one diagnostic it must give, and its line.
+
+    ``overrides``: the parameters with which it is read.
+    """
 
     text: str
     mistake: str
     error: type[Diagnostic]
     line: int
+    overrides: Mapping[str, Any] = field(default_factory=dict)
 
 
 class _Field:
@@ -37,6 +41,7 @@ class _Field:
 
     def __init__(self, draw: st.DrawFn, graph: Graph) -> None:
         self.draw, self.graph, self.sheet = draw, graph, Sheet(graph)
+        self.overrides: dict[str, Any] = {}
         self.base = next(iter(graph.main.outputs.values()))
         self.nodes = plain_nodes(graph)
         (kind,) = graph.main.inputs.values()
@@ -73,7 +78,8 @@ def _mistake(plant: Callable[[_Field], Found]) -> Callable[[_Field], Found]:
 def near_valid_specs(mistake: str | None = None) -> st.SearchStrategy[Planted]:
     """Specs that are sound but for one planted mistake (``mistake``: the one of that name in ``MISTAKES``).
 
-    ``titans_graph.check`` of the text must give one diagnostic, of that class, on that line. UsageError for unknown names.
+    ``titans_graph.check`` of the text, with its overrides, must give one diagnostic, of that class, on that line. UsageError
+    for unknown names.
     """
     if mistake is not None and mistake not in MISTAKES:
         raise UsageError(f"unknown mistake {mistake!r}; {suggest(mistake, MISTAKES)}")
@@ -83,12 +89,12 @@ def near_valid_specs(mistake: str | None = None) -> st.SearchStrategy[Planted]:
 @st.composite
 def _planted(draw: st.DrawFn, names: list[str]) -> Planted:
     name = draw(st.sampled_from(names))
-    field = _Field(draw, draw(graphs(max_nodes=3)))
-    found = MISTAKES[name](field)
+    place = _Field(draw, draw(graphs(max_nodes=3)))
+    found = MISTAKES[name](place)
     assume(found is not None)
     assert found is not None
     kind, address = found
-    planted = Planted(field.sheet.text, name, kind, field.sheet.line(address))
+    planted = Planted(place.sheet.text, name, kind, place.sheet.line(address), place.overrides)
     note(f"--- {name}: {kind.__name__} on line {planted.line} ---\n{planted.text}")
     return planted
 
@@ -242,6 +248,16 @@ def _unused_parameter(f: _Field) -> Found:
     address = Address(MAIN, key="spare")
     f.sheet.insert(1, [(Address(MAIN, key="parameters"), "parameters:"), (address, "  spare: 3")])
     return errors.UnusedParameter, address
+
+
+@_mistake
+def _override_behind_an_override(f: _Field) -> Found:
+    f.plant("formula", "linear", x=f.base, dim="$outer")
+    address = Address(MAIN, key="inner")
+    table = [(Address(MAIN, key="parameters"), "parameters:"), (address, "  inner: 3"), (Address(MAIN), "  outer: $inner * 2")]
+    f.sheet.insert(1, table)
+    f.overrides = {"outer": 5, "inner": f.choose([3, 4])}
+    return errors.IdleOverride, address
 
 
 @_mistake
