@@ -137,7 +137,7 @@ def documents_do_not_touch(name: str) -> None:
 
 @probe()
 def states_stand_for_what_was_read(name: str) -> None:
-    """After saving, loading, forking, resetting, reordering and detaching, rows go on as replays of their tokens."""
+    """After saving, loading, forking, resetting, reordering, joining and detaching, rows go on as replays of their tokens."""
     Script(laws.built(fixed.graph(name))).run()
 
 
@@ -172,13 +172,14 @@ class Script:
         self.feed(1)
         self.state, self.rows = fork.reorder([2, 1, 2, 0]), [rows[i] for i in (2, 1, 2, 0)]
         self.feed(1)
-        self.state, self.rows = before.detach(), rows
+        self.state, self.rows = before.detach(), list(rows)
         assert not any(t.requires_grad for ts in self.state.nodes.values() for t in ts.values())
         self.feed(4, [0, 0, 1])
         with tempfile.TemporaryDirectory() as folder:
             self.state.save(Path(folder) / "state")
             self.state = tg.State.load(self.model, Path(folder) / "state")
         self.feed(1, [0, 1, 1])
+        self.state, self.rows = tg.State.join([self.state, before]), [*self.rows, *rows]
         self.feed(3)
 
 

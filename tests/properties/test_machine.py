@@ -1,4 +1,4 @@
-"""The state as a value, in any order of operations: feed, save, load, fork, reset, reorder, detach (hypothesis' state machine).
+"""The state as a value, in any order of operations: feed, save, fork, reset, reorder, join, detach (hypothesis' state machine).
 
 The model of a state is the naive one: for every row the tokens it has read, document by document. What a call must give is
 found by reading all of a row's tokens anew from a fresh state, alone, through the whole-sequence program. Several states are
@@ -192,6 +192,14 @@ class Machine(RuleBasedStateMachine):
         size = 4 if held.rows else 0
         rows = data.draw(st.lists(st.integers(0, max(0, len(held.rows) - 1)), max_size=size), "rows")
         self.hold(data, held.state.reorder(rows), [held.rows[i] for i in rows], held.history)
+
+    @rule(data=st.data())
+    def join(self, data: st.DataObject) -> None:
+        """The rows of two states, which may be one and the same, in one; the last rows of many are left out."""
+        parts = [self.pick(data), self.pick(data)]
+        rows = [row for held in parts for row in held.rows][:4]
+        joined = tg.State.join([held.state for held in parts]).reorder(range(len(rows)))
+        self.hold(data, joined, rows, any(held.history for held in parts))
 
     @rule(data=st.data())
     def detach(self, data: st.DataObject) -> None:

@@ -46,6 +46,45 @@ def test_rows_can_be_reordered(name: str) -> None:
     assert (y - model(x)[0][order, 9:]).abs().max() <= 1e-9
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_streams_that_were_read_apart_go_on_together(name: str) -> None:
+    """At different places: in the middle of a chunk, after single tokens, before any token, two rows at once."""
+    model = small(name)
+    x = example(model, 4, 40)
+    starts = [9, 33, 0, 33]
+    states = [model(x[:1, :7])[1], model(x[[1, 3], :33])[1], model.initial_state(1)]
+    for t in (7, 8):
+        _, states[0] = model(x[:1, t : t + 1], states[0])
+    joined = tg.State.join(states).reorder([0, 1, 3, 2])
+    assert joined.position.tolist() == starts
+    rest = torch.stack([x[row, start : start + 7] for row, start in enumerate(starts)])
+    want = torch.stack([model(x[row : row + 1])[0][0, start : start + 7] for row, start in enumerate(starts)])
+    assert (model(rest, joined)[0] - want).abs().max() <= 1e-9
+    for t in range(7):
+        y, joined = model(rest[:, t : t + 1], joined)
+        assert (y[:, 0] - want[:, t]).abs().max() <= 1e-9
+
+
+def test_gradients_reach_every_joined_stream() -> None:
+    model = small("lmm").requires_grad_(False)
+    x = example(model, 2, 8)
+    states = [model(x[:1, :n])[1].map(lambda t: t.detach().requires_grad_(t.is_floating_point())) for n in (3, 4)]
+    y, _ = model(x[:, 3:], tg.State.join(states))
+    torch.autograd.backward(y.square().sum())
+    for state in states:
+        assert any(t.grad is not None and bool(t.grad.any()) for n in state.nodes.values() for t in n.values())
+
+
+def test_states_that_do_not_belong_together_are_not_joined() -> None:
+    mac, lmm = small("mac").initial_state(1), small("lmm").initial_state(1)
+    with pytest.raises(tg.StateError, match="state 1 is of another spec than state 0"):
+        tg.State.join([mac, lmm])
+    with pytest.raises(tg.StateError, match="there is no state to join"):
+        tg.State.join([])
+    with pytest.raises(tg.StateError, match=r"the states differ in '.*': float64 on cpu and float32 on cpu; move"):
+        tg.State.join([mac, mac.map(lambda t: t.float() if t.is_floating_point() else t)])
+
+
 def test_a_fork_and_a_call_leave_the_original_alone() -> None:
     model = small("mac")
     x = example(model, 2, 20)

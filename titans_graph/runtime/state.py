@@ -124,6 +124,23 @@ class State:
         index = self._rows(rows)
         return self.map(lambda t: t.index_select(0, index.to(t.device)))
 
+    @staticmethod
+    def join(states: Sequence[State]) -> State:
+        """One state with the rows of all of ``states``, in order: streams read apart go on as one batch.
+
+        The other way is :meth:`reorder`, which takes rows out. The streams may stand at any places. StateError where there
+        is no state, or they are of different specs, devices or types.
+        """
+        if not states:
+            raise StateError("there is no state to join: give at least one, such as model.initial_state(1)")
+        first = states[0]
+        for i, state in enumerate(states):
+            if state.fingerprint != first.fingerprint:
+                raise StateError(f"state {i} is of another spec than state 0; only states of one model can be joined")
+        nodes = {n: {k: _joined(f"{n}/{k}", [s.nodes[n][k] for s in states]) for k in first.nodes[n]} for n in first.nodes}
+        place, document = torch.cat([s.position for s in states]), torch.cat([s.document for s in states])
+        return State(place, document, nodes, first.fingerprint, first.fresh)
+
     def reset(self, rows: Sequence[int] | Tensor) -> State:
         """The state in which some rows start afresh, as before their first token; the others are untouched."""
         index = self._rows(rows)
@@ -192,6 +209,20 @@ def _indices(rows: Sequence[int] | Tensor, batch: int) -> Tensor:
     if index.dim() > 1 or index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
         raise StateError(f"rows must be whole numbers, or a mask of {batch}, got {list(index.shape)} {index.dtype}")
     return index.to(torch.int64).reshape(-1)
+
+
+def _joined(name: str, parts: Sequence[Tensor]) -> Tensor:
+    """Rows of one tensor of all states; caches that grow, to the capacity of the largest."""
+    kinds = list(dict.fromkeys(f"{str(t.dtype).removeprefix('torch.')} on {t.device}" for t in parts))
+    if len(kinds) > 1:
+        raise StateError(f"the states differ in {name!r}: {' and '.join(kinds)}; move the streams to one device and type first")
+    longest = max((t.shape[1] for t in parts if t.dim() > 1), default=0)
+    short = [t.dim() > 1 and t.shape[1] < longest for t in parts]
+    grown = [
+        torch.cat([t, t.new_zeros(t.shape[0], longest - t.shape[1], *t.shape[2:])], 1) if s else t
+        for t, s in zip(parts, short, strict=True)
+    ]
+    return torch.cat(grown)
 
 
 def _where_rows(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
