@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from titans_graph.bench import layer, memory
+from titans_graph.bench import layer, memory, report
 from titans_graph.bench.memory import Case
 from titans_graph.bench.report import Figure, one_thread
 from titans_graph.cli import main
+from titans_graph.errors import UsageError
 
 Capture = pytest.CaptureFixture[str]
 
@@ -57,10 +58,40 @@ def test_peaks_are_those_of_the_process_itself() -> None:
 
 
 @linux
-def test_a_layer_is_measured() -> None:
-    found = layer.measure(lambda x: x * 2, 8, 3)
-    assert set(found) == {"seconds", "bytes"}
-    assert found["seconds"] > 0
+def test_a_call_of_a_layer_has_a_peak() -> None:
+    run = layer.training(lambda x: (x * 2).square() * torch.ones(20_000, 1, 1), 8)
+    run()
+    assert layer.peak(run) > 0.9 * 20_000 * 8 * layer.DIM * 4
+
+
+OTHER = """
+import sys
+if sys.argv[2] == "per-chunk":
+    sys.exit("no such package")
+print('{"bytes": 3e6}', flush=True)
+for _ in sys.stdin:
+    print(2.5, flush=True)
+"""
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> str:
+    """A stand-in for an interpreter with titans-pytorch: always as fast as it says, and it knows one setting less."""
+    script = tmp_path / "python"
+    script.write_text(f"#!{sys.executable}{OTHER}")
+    script.chmod(0o755)
+    return str(script)
+
+
+def test_two_layers_take_turns(other: str) -> None:
+    with report.serving(other, "per-token", 8) as one, report.serving(other, "ours", 8) as two:
+        assert [one.seconds(), two.seconds(), one.seconds()] == [2.5] * 3
+        assert one.bytes == two.bytes == 3e6
+    with (
+        pytest.raises(UsageError, match=r"layer.py per-chunk 8 failed:\s+no such package"),
+        report.serving(other, "per-chunk", 8),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
-"""One memory layer, forward and backward in a fresh process: seconds and the memory of the call, as JSON.
+"""One memory layer, forward and backward in a process of its own: the memory of a call, then the seconds of calls.
 
-    python layer.py SETTING TOKENS ROUNDS
+    python layer.py SETTING TOKENS
+
+prints a line of JSON when it is ready, and the seconds of one call for every line that it reads: whoever compares two layers
+lets them take turns, call by call, because a machine's speed changes within seconds.
 
 Runs as a script under any interpreter: ``ours`` needs this package, the others titans-pytorch 0.5.5, which lives in an
 environment of its own. Every layer is 256 wide, has 4 heads and a memory of 64 -> 256 -> 64, and runs on one thread.
@@ -11,7 +14,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -72,35 +74,40 @@ def resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure(layer: Layer, tokens: int, rounds: int) -> dict[str, float]:
-    """Median seconds of forward and backward, and how far the peak rises over what is resident before."""
+def peak(run: Callable[[], None]) -> int:
+    """How far one call's peak rises over what is resident before, in bytes; the call has been made before."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    run()
+    return resident("VmHWM") - before
+
+
+def training(layer: Layer, tokens: int) -> Callable[[], None]:
+    """Forward and backward of a layer over random tokens."""
     x = torch.randn(1, tokens, DIM, generator=torch.Generator().manual_seed(0), requires_grad=True)
 
     def run() -> None:
         torch.autograd.backward(layer(x).sum())
         x.grad = None
 
-    run()  # builds what is compiled
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return {"seconds": statistics.median(times), "bytes": resident("VmHWM") - before}
+    return run
 
 
 def main() -> None:
-    """Measure what the arguments say."""
-    setting, tokens, rounds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    """Build, tell the memory of one call, and then time a call for every line of the standard input."""
+    setting, tokens = sys.argv[1], int(sys.argv[2])
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     torch.manual_seed(0)
-    layer = ours() if setting == "ours" else theirs(setting)
-    print(json.dumps({"torch": torch.__version__, **measure(layer, tokens, rounds)}))
+    run = training(ours() if setting == "ours" else theirs(setting), tokens)
+    run()  # builds what is compiled
+    print(json.dumps({"torch": torch.__version__, "bytes": peak(run)}), flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        run()
+        print(time.perf_counter() - start, flush=True)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,12 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -130,34 +131,61 @@ def _decode(case: Case, sizes: Sizes) -> list[Figure]:
     return figures
 
 
-def _layer(python: str, setting: str, tokens: int, rounds: int) -> dict[str, float]:
-    command = [python, layer.__file__, setting, str(tokens), str(rounds)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise UsageError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return result
+class _Layer:
+    """A layer in a process of its own, which waits until it is asked for the time of one call."""
+
+    def __init__(self, command: list[str], process: subprocess.Popen[str], errors: IO[str]) -> None:
+        self._command, self._process, self._errors = command, process, errors
+        self.bytes = float(json.loads(self._line())["bytes"])
+
+    def seconds(self) -> float:
+        """The time of one call."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return float(self._line())
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        if line := self._process.stdout.readline():
+            return line
+        self._errors.seek(0)
+        raise UsageError(f"{' '.join(self._command)} failed:\n{self._errors.read()[-2000:]}")
+
+
+@contextmanager
+def serving(python: str, setting: str, tokens: int) -> Iterator[_Layer]:
+    """A layer of :mod:`titans_graph.bench.layer`, ready to be timed; its process ends with the block."""
+    command = [python, layer.__file__, setting, str(tokens)]
+    pipe = subprocess.PIPE
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True) as process,
+    ):
+        try:
+            yield _Layer(command, process, errors)
+        finally:
+            process.kill()
 
 
 def _peer(sizes: Sizes, python: str) -> list[Figure]:
-    """A whole layer against titans-pytorch's, in turns; see :mod:`titans_graph.bench.layer` for its settings."""
+    """A whole layer against titans-pytorch's, call by call in turns; see :mod:`titans_graph.bench.layer` for its settings."""
     long, short = sizes.tokens, min(1024, sizes.tokens)
     aims = {"per-token": (short, 150.0, 300.0), "per-chunk": (long, 4.0, None), "default-compiled": (long, 1.0, 3.0)}
     figures = []
     for setting, (tokens, faster, smaller) in aims.items():
-        rounds = 1 if setting == "per-token" else min(3, sizes.rounds)
-        pairs = [(_layer(python, setting, tokens, rounds), _layer(sys.executable, "ours", tokens, 3)) for _ in range(rounds)]
-        quick = statistics.median(theirs["seconds"] / ours["seconds"] for theirs, ours in pairs)
-        small = statistics.median(theirs["bytes"] / ours["bytes"] for theirs, ours in pairs)
-        theirs, ours = pairs[-1]
+        rounds = min(3, sizes.rounds) if setting == "per-token" else sizes.rounds
+        with serving(python, setting, tokens) as theirs, serving(sys.executable, "ours", tokens) as ours:
+            pairs = [(theirs.seconds(), ours.seconds()) for _ in range(rounds)]
+        slow, quick = (statistics.median(times) for times in zip(*pairs, strict=True))
         name = f"titans-pytorch {setting}, {tokens} tokens"
         figures += [
-            Figure(f"{name}: seconds", theirs["seconds"], "s"),
-            Figure(f"our layer, {tokens} tokens: seconds", ours["seconds"], "s"),
-            Figure(f"{name}: memory", theirs["bytes"] / 1e6, "MB"),
-            Figure(f"our layer, {tokens} tokens: memory", ours["bytes"] / 1e6, "MB"),
-            Figure(f"{name}: its time over ours", quick, "times", at_least=faster),
-            Figure(f"{name}: its memory over ours", small, "times", at_least=smaller),
+            Figure(f"{name}: seconds", slow, "s"),
+            Figure(f"our layer, {tokens} tokens: seconds", quick, "s"),
+            Figure(f"{name}: memory", theirs.bytes / 1e6, "MB"),
+            Figure(f"our layer, {tokens} tokens: memory", ours.bytes / 1e6, "MB"),
+            Figure(f"{name}: its time over ours", statistics.median(a / b for a, b in pairs), "times", at_least=faster),
+            Figure(f"{name}: its memory over ours", theirs.bytes / ours.bytes, "times", at_least=smaller),
         ]
     return figures
 
