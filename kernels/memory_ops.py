@@ -2,7 +2,8 @@
 
 Forward keeps the weights and momenta that some chunks start from (:mod:`~titans_graph.kernels.memory_checkpoints`);
 backward recomputes a chunk from there (but for the products of :mod:`~titans_graph.kernels.memory_products`, which forward
-keeps as well) and takes the vector-Jacobian product of its whole body, so the second-order terms need no formula of their own. Inside a compiled region both are opaque: the number of chunks is never seen by the compiler.
+keeps as well) and takes the vector-Jacobian product of its whole body, so the second-order terms need no formula of their
+own. Inside a compiled region both are opaque: the number of chunks is never seen by the compiler.
 
 Shapes: ``B`` batch, ``H`` heads, ``N`` = B * H rows, ``G`` slots, ``C`` slots of a chunk; lists ``[B, H, *shape]``.
 """
