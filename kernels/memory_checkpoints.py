@@ -19,7 +19,7 @@ ROOM = 64 << 20
 
 WIDEST = 4
 
-SPARE = 2
+SPARE = 1
 """Slots for checkpoints that are never used: a compiled region would be specialised on a size of 1."""
 
 

@@ -85,7 +85,7 @@ def scan_op(
 
     ``every``: chunks from one checkpoint to the next, ``AUTOMATIC``, or 0 for none. ``saved`` holds, unless it is 0: where
     bounded, the scale of the step ``[B, H, G]``; per weight and momentum the values that checkpointed chunks start from,
-    ``[K, N, *shape]``; where a chunk keeps products, those of all chunks ``[K', N, C, width]``.
+    ``[K, N, *shape]``; where a chunk keeps products, those of all slots ``[B, H, G, width]``.
     """
     spec = network, objective, read, chunk, bounded, compiled
 
@@ -113,9 +113,9 @@ def _forward(
     scale = [y.new_empty(y.shape[:3])] if every and walk.form.bounded else []
     size = _size((*now, *moving))
     kept = [x.new_empty(slots(steps, every, size), *x.shape) for x in (*now, *moving)] if every else []
-    products = [y.new_empty(steps + SPARE, y.shape[0], chunk, walk.width)] if every and walk.width else []
+    products = [y.new_empty(*y.shape[:3], walk.width)] if every and walk.width else []
     every = spacing(steps, every, size)
-    for slot in (*kept, *products):
+    for slot in kept:
         slot[-SPARE:].zero_()
     at, answers = walk.entry_anchor, y.unbind(1)
     for c, flags in enumerate(walk.flags):
@@ -131,11 +131,12 @@ def _forward(
         for slot, x in zip(scale, ends[2 * len(now) :], strict=False):
             slot[:, c] = x
         for slot in products:
-            slot[c].copy_(ends[-1])
+            slot[:, c] = ends[-1]
     # An operator's results must not alias its arguments (the anchor may still be the entry's), and have the strides that
     # its fake has, whatever a body gives.
     ends = [*(_copy(x) for x in at), *(x.contiguous() for x in (*now, *moving))]
-    return [y, *ends, *(x.view(q.shape[:3]) for x in scale), *kept, *products]
+    each = (x.view(*q.shape[:3], *x.shape[3:]) for x in (*scale, *products))
+    return [y, *ends, *([next(each)] if scale else []), *kept, *each]
 
 
 def _copy(x: Tensor) -> Tensor:
@@ -174,7 +175,7 @@ def _(
         kept = [x.new_empty(count, x.shape[0] * x.shape[1], *x.shape[2:]) for x in (*weights, *momenta)]
         width = kept_width(form_of(network, objective, read, bounded).network, q.shape[3], chunk, read)
         if width:
-            kept.append(q.new_empty(q.shape[2] // chunk + SPARE, q.shape[0] * q.shape[1], chunk, width))
+            kept.append(q.new_empty(*q.shape[:3], width))
     return [q.new_empty(q.shape), *state, *scale, *kept]
 
 
@@ -237,7 +238,7 @@ class _Sweep:
         self.walk, self.every, self.initial, self.y = walk, every, initial, cut(y, walk.chunk)
         self.count = len(ends) // 3
         self.states, products = saved[: 2 * self.count], saved[2 * self.count :]
-        self.products = [x.unbind(0) for x in products]
+        self.products = [cut(x, walk.chunk) for x in products]
         self.weights, self.momenta = ends[self.count : 2 * self.count], ends[2 * self.count :]
         self.anchor: list[Tensor] | None = ends[: self.count]
         self.initial_weights = [torch.zeros_like(x) for x in self.weights]
@@ -263,7 +264,7 @@ class _Sweep:
 
     def kept(self, c: int) -> list[Tensor]:
         """The products that forward kept of chunk ``c``: one tensor or none."""
-        return [x[c] for x in self.products]
+        return [piece(parts[c]) for parts in self.products]
 
     def chunk(self, c: int) -> None:
         """Carry the cotangents from the end of chunk ``c`` to its start."""

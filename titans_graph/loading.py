@@ -26,6 +26,8 @@ def load(source: str | PathLike[str] | Graph, *, disable: Collection[str] = (), 
     a run or of one of its checkpoints. A run gives its newest undamaged checkpoint; a damaged one that is passed over is a
     warning. parameters override the spec's own; disable names optional passes to leave out.
 
+    Warnings of a spec go to the log ``titans_graph``.
+
     Raises SpecError with every mistake of a spec; CheckpointError where a folder has no checkpoint that is whole; UsageError
     where there is nothing by that name, or parameters are given for a model that is trained.
     """

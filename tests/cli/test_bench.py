@@ -68,9 +68,11 @@ OTHER = """
 import sys
 if sys.argv[2] == "per-chunk":
     sys.exit("no such package")
-print('{"bytes": 3e6}', flush=True)
+print('hello\\nanswer: {"bytes": 3e6}', flush=True)
+if sys.argv[2] == "default-compiled":
+    sys.exit("out of memory")
 for _ in sys.stdin:
-    print(2.5, flush=True)
+    print("answer: 2.5", flush=True)
 """
 
 
@@ -92,6 +94,11 @@ def test_two_layers_take_turns(other: str) -> None:
         report.serving(other, "per-chunk", 8),
     ):
         pass
+    with (
+        pytest.raises(UsageError, match=r"default-compiled 8 failed:\s+out of memory"),
+        report.serving(other, "default-compiled", 8) as one,
+    ):
+        one.seconds()
 
 
 @pytest.mark.parametrize(

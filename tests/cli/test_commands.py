@@ -84,13 +84,20 @@ def test_a_sound_spec_is_said_to_be_so(replace: Replace, capsys: Capture) -> Non
         return [SlowLoop("slow")]
 
     replace("check", check)
-    replace("load", build)
+    replace("compilation", build)
+    replace("Model", lambda built: built)
     assert main(["check", "small", "--set", "dim=8", "vocabulary=300"]) == 0
     shown = capsys.readouterr()
     assert shown.out.startswith("small: sound; ")
     assert "5,108 parameters, 32 bytes of state" in shown.out
     assert "warning: slow" in shown.err
     assert seen == {"dim": 8, "vocabulary": 300}
+
+
+def test_a_warning_is_told_once(capsys: Capture, caplog: pytest.LogCaptureFixture) -> None:
+    assert main(["check", "lmm", "--set", "network=linear", "hidden=32"]) == 0
+    assert capsys.readouterr().err.count("override of parameter 'hidden' has no effect") == 1
+    assert not caplog.messages
 
 
 def test_mistakes_go_to_stderr_and_give_one(replace: Replace, capsys: Capture) -> None:

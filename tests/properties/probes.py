@@ -179,7 +179,7 @@ class Script:
             self.state.save(Path(folder) / "state")
             self.state = tg.State.load(self.model, Path(folder) / "state")
         self.feed(1, [0, 1, 1])
-        self.state, self.rows = tg.State.join([self.state, before]), [*self.rows, *rows]
+        self.state, self.rows = self.state.join(before), [*self.rows, *rows]
         self.feed(3)
 
 

@@ -198,7 +198,7 @@ class Machine(RuleBasedStateMachine):
         """The rows of two states, which may be one and the same, in one; the last rows of many are left out."""
         parts = [self.pick(data), self.pick(data)]
         rows = [row for held in parts for row in held.rows][:4]
-        joined = tg.State.join([held.state for held in parts]).reorder(range(len(rows)))
+        joined = tg.State.join(*(held.state for held in parts)).reorder(range(len(rows)))
         self.hold(data, joined, rows, any(held.history for held in parts))
 
     @rule(data=st.data())

@@ -55,7 +55,7 @@ def test_streams_that_were_read_apart_go_on_together(name: str) -> None:
     states = [model(x[:1, :7])[1], model(x[[1, 3], :33])[1], model.initial_state(1)]
     for t in (7, 8):
         _, states[0] = model(x[:1, t : t + 1], states[0])
-    joined = tg.State.join(states).reorder([0, 1, 3, 2])
+    joined = tg.State.join(*states).reorder([0, 1, 3, 2])
     assert joined.position.tolist() == starts
     rest = torch.stack([x[row, start : start + 7] for row, start in enumerate(starts)])
     want = torch.stack([model(x[row : row + 1])[0][0, start : start + 7] for row, start in enumerate(starts)])
@@ -69,7 +69,7 @@ def test_gradients_reach_every_joined_stream() -> None:
     model = small("lmm").requires_grad_(False)
     x = example(model, 2, 8)
     states = [model(x[:1, :n])[1].map(lambda t: t.detach().requires_grad_(t.is_floating_point())) for n in (3, 4)]
-    y, _ = model(x[:, 3:], tg.State.join(states))
+    y, _ = model(x[:, 3:], states[0].join(states[1]))
     torch.autograd.backward(y.square().sum())
     for state in states:
         assert any(t.grad is not None and bool(t.grad.any()) for n in state.nodes.values() for t in n.values())
@@ -78,11 +78,12 @@ def test_gradients_reach_every_joined_stream() -> None:
 def test_states_that_do_not_belong_together_are_not_joined() -> None:
     mac, lmm = small("mac").initial_state(1), small("lmm").initial_state(1)
     with pytest.raises(tg.StateError, match="state 1 is of another spec than state 0"):
-        tg.State.join([mac, lmm])
-    with pytest.raises(tg.StateError, match="there is no state to join"):
-        tg.State.join([])
+        mac.join(lmm)
+    for wrong in ([mac], None):
+        with pytest.raises(tg.StateError, match=rf"join takes states, .*; argument 1 is a {type(wrong).__name__}"):
+            mac.join(wrong)  # type: ignore[arg-type]
     with pytest.raises(tg.StateError, match=r"the states differ in '.*': float64 on cpu and float32 on cpu; move"):
-        tg.State.join([mac, mac.map(lambda t: t.float() if t.is_floating_point() else t)])
+        mac.join(mac.map(lambda t: t.float() if t.is_floating_point() else t))
 
 
 def test_a_fork_and_a_call_leave_the_original_alone() -> None:

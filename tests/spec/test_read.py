@@ -236,7 +236,6 @@ output: {y: embedded}
 @pytest.mark.parametrize(
     ("read", "overrides", "idle"),
     [
-        ("$sizes", {"sizes": 3, "width": 5}, [("width", "sizes")]),
         ("$sizes + $other", {"sizes": 3, "width": 5}, []),
         ("$sizes + $other", {"sizes": 3, "other": 1, "width": 5}, [("width", "sizes")]),
         ("$sizes + $other", {"sizes": 3, "inner": 2, "dim": 4}, [("inner", "sizes")]),
@@ -250,6 +249,20 @@ def test_overrides_without_effect(read: str, overrides: dict[str, Any], idle: li
     assert [d.message for d in found] == [
         f"override of parameter {name!r} has no effect: only the default of {by!r} reads it" for name, by in idle
     ]
+
+
+@pytest.mark.parametrize(
+    ("read", "overrides", "kind"),
+    [
+        ("$widht", {"sizes": 3, "other": 1, "width": 5}, "UnknownName"),
+        ("$sizes + $other", {"sizes": 3, "other": 1, "width": "x"}, "WrongType"),
+        ("$sizes + $other", {"sizes": [object()], "other": 1, "width": 5}, "WrongType"),
+    ],
+)
+def test_mistakes_hide_overrides_without_effect(read: str, overrides: dict[str, Any], kind: str) -> None:
+    kinds = [type(d).__name__ for d in read_text(CHAIN % read, **overrides).diagnostics]
+    assert kind in kinds
+    assert "IdleOverride" not in kinds
 
 
 def test_a_broken_spec_gives_what_can_be_followed() -> None:

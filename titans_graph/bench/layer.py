@@ -2,8 +2,8 @@
 
     python layer.py SETTING TOKENS
 
-prints a line of JSON when it is ready, and the seconds of one call for every line that it reads: whoever compares two layers
-lets them take turns, call by call, because a machine's speed changes within seconds.
+prints a line of JSON when it is ready, and the seconds of one call for every line that it reads, each behind ``ANSWER``:
+whoever compares two layers lets them take turns, call by call, because a machine's speed changes within seconds.
 
 Runs as a script under any interpreter: ``ours`` needs this package, the others titans-pytorch 0.5.5, which lives in an
 environment of its own. Every layer is 256 wide, has 4 heads and a memory of 64 -> 256 -> 64, and runs on one thread.
@@ -24,6 +24,8 @@ import torch
 
 DIM, HEADS, CHUNK = 256, 4, 64
 Layer = Callable[[torch.Tensor], torch.Tensor]
+ANSWER = "answer:"
+"""What answers begin with; other lines are what a library prints."""
 
 PEERS: dict[str, tuple[int, int | None, bool]] = {
     "per-token": (1, CHUNK, False),
@@ -103,11 +105,11 @@ def main() -> None:
     torch.manual_seed(0)
     run = training(ours() if setting == "ours" else theirs(setting), tokens)
     run()  # builds what is compiled
-    print(json.dumps({"torch": torch.__version__, "bytes": peak(run)}), flush=True)
+    print(ANSWER, json.dumps({"torch": torch.__version__, "bytes": peak(run)}), flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
         run()
-        print(time.perf_counter() - start, flush=True)
+        print(ANSWER, time.perf_counter() - start, flush=True)
 
 
 if __name__ == "__main__":

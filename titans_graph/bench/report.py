@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -141,14 +141,16 @@ class _Layer:
     def seconds(self) -> float:
         """The time of one call."""
         assert self._process.stdin is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
+        with suppress(OSError):  # The process is gone, as the empty answer will tell.
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
         return float(self._line())
 
     def _line(self) -> str:
         assert self._process.stdout is not None
-        if line := self._process.stdout.readline():
-            return line
+        for line in self._process.stdout:
+            if line.startswith(layer.ANSWER):
+                return line.removeprefix(layer.ANSWER)
         self._errors.seek(0)
         raise UsageError(f"{' '.join(self._command)} failed:\n{self._errors.read()[-2000:]}")
 

@@ -109,7 +109,7 @@ def _sizes(spec: str, values: dict[str, Any]) -> str:
     from titans_graph import runtime
 
     with torch.device("meta"):
-        summary = runtime.load(spec, **values).summary()
+        summary = runtime.Model(runtime.compilation(spec, **values)).summary()  # The check has told warnings.
     state = f"{count(summary.state_bytes)} bytes of state a stream"
     if summary.grows:
         state += " (growing with every token: full attention keeps them all)"

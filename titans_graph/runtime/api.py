@@ -38,7 +38,7 @@ def compilation(
 ) -> Compilation:
     """Run the compiler: all passes, or up to ``after``; optional passes named in ``disable`` are left out.
 
-    Raises SpecError with every mistake found; warnings alone go to the log ``titans_graph``.
+    Raises SpecError with every mistake found.
     """
     declared = declare(source, **parameters)
     if declared.graph is None:
@@ -48,8 +48,6 @@ def compilation(
         raise SpecError(_checked(start))
     done = run(start, PASSES, disable=disable, after=after)
     raise_errors(capped([*done.diagnostics]))
-    for warning in done.diagnostics:
-        log.warning(warning.render())
     return done
 
 
@@ -87,13 +85,21 @@ def check_declared(declared: Declared) -> list[Diagnostic]:
 
 
 def build(source: Graph, *, disable: Collection[str] = ()) -> Model:
-    """A model from a declared graph; raises SpecError with every mistake."""
-    return Model(compilation(source, disable=disable))
+    """A model from a declared graph; raises SpecError with every mistake, tells warnings to the log ``titans_graph``."""
+    return _told(compilation(source, disable=disable))
 
 
 def load(source: str | PathLike[str], *, disable: Collection[str] = (), **parameters: Any) -> Model:
     """A model from a spec: a path, or the bare name of a shipped one (``mac``, ``blocks/mag``).
 
-    parameters override the spec's own; disable names optional passes to leave out. Raises SpecError with every mistake.
+    parameters override the spec's own; disable names optional passes to leave out. Raises SpecError with every mistake, tells
+    warnings to the log ``titans_graph``.
     """
-    return Model(compilation(source, disable=disable, **parameters))
+    return _told(compilation(source, disable=disable, **parameters))
+
+
+def _told(done: Compilation) -> Model:
+    """The model, its warnings told."""
+    for warning in capped([*done.diagnostics]):
+        log.warning(warning.render())
+    return Model(done)

@@ -124,22 +124,22 @@ class State:
         index = self._rows(rows)
         return self.map(lambda t: t.index_select(0, index.to(t.device)))
 
-    @staticmethod
-    def join(states: Sequence[State]) -> State:
-        """One state with the rows of all of ``states``, in order: streams read apart go on as one batch.
+    def join(self, *others: State) -> State:
+        """One state with the rows of this one and then of all others: streams that were read apart go on as one batch.
 
-        The other way is :meth:`reorder`, which takes rows out. The streams may stand at any places. StateError where there
-        is no state, or they are of different specs, devices or types.
+        ``State.join(*states)`` does the same. The way back is :meth:`reorder`, which takes rows out. The streams may stand at
+        any places. StateError for states of different specs, devices or types.
         """
-        if not states:
-            raise StateError("there is no state to join: give at least one, such as model.initial_state(1)")
-        first = states[0]
+        states = (self, *others)
         for i, state in enumerate(states):
-            if state.fingerprint != first.fingerprint:
+            if not isinstance(state, State):
+                raise StateError(f"join takes states, State.join(*states); argument {i} is a {type(state).__name__}")
+            if state.fingerprint != self.fingerprint:
                 raise StateError(f"state {i} is of another spec than state 0; only states of one model can be joined")
-        nodes = {n: {k: _joined(f"{n}/{k}", [s.nodes[n][k] for s in states]) for k in first.nodes[n]} for n in first.nodes}
+        nodes = {n: {k: _joined(f"{n}/{k}", [s.nodes[n][k] for s in states]) for k in self.nodes[n]} for n in self.nodes}
         place, document = torch.cat([s.position for s in states]), torch.cat([s.document for s in states])
-        return State(place, document, nodes, first.fingerprint, first.fresh)
+        fresh = next((s.fresh for s in states if s.fresh is not None), None)
+        return State(place, document, nodes, self.fingerprint, fresh)
 
     def reset(self, rows: Sequence[int] | Tensor) -> State:
         """The state in which some rows start afresh, as before their first token; the others are untouched."""
@@ -216,13 +216,15 @@ def _joined(name: str, parts: Sequence[Tensor]) -> Tensor:
     kinds = list(dict.fromkeys(f"{str(t.dtype).removeprefix('torch.')} on {t.device}" for t in parts))
     if len(kinds) > 1:
         raise StateError(f"the states differ in {name!r}: {' and '.join(kinds)}; move the streams to one device and type first")
-    longest = max((t.shape[1] for t in parts if t.dim() > 1), default=0)
-    short = [t.dim() > 1 and t.shape[1] < longest for t in parts]
-    grown = [
-        torch.cat([t, t.new_zeros(t.shape[0], longest - t.shape[1], *t.shape[2:])], 1) if s else t
-        for t, s in zip(parts, short, strict=True)
-    ]
-    return torch.cat(grown)
+    if parts[0].dim() == 1:
+        return torch.cat(list(parts))
+    longest = max(t.shape[1] for t in parts)
+    return torch.cat([t if t.shape[1] == longest else _grown(t, longest) for t in parts])
+
+
+def _grown(cache: Tensor, capacity: int) -> Tensor:
+    """A cache ``[B, N, ...]`` with room for ``capacity`` tokens."""
+    return torch.cat([cache, cache.new_zeros(cache.shape[0], capacity - cache.shape[1], *cache.shape[2:])], 1)
 
 
 def _where_rows(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:

@@ -80,11 +80,12 @@ def _declared(scope: Scope, tree: Table, file: str, stem: str, overrides: Mappin
     try:
         blocks.check_keys(scope, tree, KEYS)
         own = tree.get("parameters")
-        values = scope.parameters(own, {}, scope.overrides(own, overrides, file))
+        given = scope.overrides(own, overrides, file)
+        values = scope.parameters(own, {}, given)
         made = blocks.Blocks(scope, values, _templates(scope, tree.get("blocks")))
         main = made.block(MAIN, MAIN, tree, tree.span, values)
         made.finish()
-        _check_parameters(scope, tree, made, overrides)
+        _check_parameters(scope, tree, made, given)
     except EnoughMistakes:
         return Declared(None, capped(list(scope.problems)), values)
     graph = Graph(_name(scope, tree.get("name"), stem), main, made.made)
@@ -112,7 +113,7 @@ def _templates(scope: Scope, tree: Tree | None) -> dict[str, blocks.Template]:
     return found
 
 
-def _check_parameters(scope: Scope, tree: Table, made: blocks.Blocks, overrides: Mapping[str, Any]) -> None:
+def _check_parameters(scope: Scope, tree: Table, made: blocks.Blocks, given: Mapping[str, Any]) -> None:
     """Report parameters nobody mentions, of the spec and of each block, and overrides without effect; a block's own hide
     those of the spec."""
     elsewhere: set[str] = set()
@@ -126,7 +127,8 @@ def _check_parameters(scope: Scope, tree: Table, made: blocks.Blocks, overrides:
     own = tree.get("parameters")
     if isinstance(own, Table):
         blocks.check_parameters(scope, tree, tuple(own.entries), elsewhere)
-        blocks.check_overrides(scope, tree, own, overrides, elsewhere)
+        if not scope.problems:  # Else a name may be missing because it is misspelt, or a value because it was refused.
+            blocks.check_overrides(scope, tree, own, given, elsewhere)
 
 
 def _name(scope: Scope, tree: Tree | None, stem: str) -> str:
