@@ -135,8 +135,8 @@ def _forward(
     # An operator's results must not alias its arguments (the anchor may still be the entry's), and have the strides that
     # its fake has, whatever a body gives.
     ends = [*(_copy(x) for x in at), *(x.contiguous() for x in (*now, *moving))]
-    each = (x.view(*q.shape[:3], *x.shape[3:]) for x in (*scale, *products))
-    return [y, *ends, *([next(each)] if scale else []), *kept, *each]
+    shaped = [x.view(*q.shape[:3], *x.shape[3:]) for x in (*scale, *products)]
+    return [y, *ends, *shaped[: len(scale)], *kept, *shaped[len(scale) :]]
 
 
 def _copy(x: Tensor) -> Tensor:

@@ -77,8 +77,8 @@ STREAMS = (
         "the tap of this token is taken for that of the oldest",
         (
             "kernels.convolution:causal_conv",
-            "joined[:, start : start + slots] * weight[:, j]",
-            "joined[:, start : start + slots] * weight[:, kernel - j]",
+            "joined[:, start : start + slots] * taps[j]",
+            "joined[:, start : start + slots] * taps[kernel - j]",
         ),
     ),
     defect(
