@@ -61,7 +61,7 @@ class Stream:
         self.row, self.x, self.taken = row, x, 0
         self.start = list(x.state[3])
         rest = [torch.zeros_like(w) for w in self.start]
-        self.state = begin(row.network, row.chunk, False, self.start, self.start, rest)
+        self.state = begin(row.network, row.chunk, False, self.start, self.start, rest, reads=x.tokens[0].dtype)
 
     def ready(self, t: int) -> Lazy:
         """What runs before token ``t``, outside all compiled code: weights and anchors where they are due."""

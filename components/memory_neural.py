@@ -272,7 +272,7 @@ class NeuralMemory(Component, nn.Module):
         if (p := self.p).kernel == "reference":
             return state
         form = p.network, self.names, p.chunk, self.segment, p.cap == "keys"
-        return stepping(*form, state, self._first_weights(), position, self._decodes(state))
+        return stepping(*form, state, self._first_weights(), position, self._decodes(state), self.norm.dtype)
 
     def settled(self, state: State) -> State:
         """Without the ring."""

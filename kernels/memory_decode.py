@@ -1,9 +1,10 @@
 """One token a row on Triton kernels, as two operators of ``torch.library``, and the choice between them and the portable form.
 
-The operators take and give the tensors of :class:`~titans_graph.kernels.memory_lazy.Lazy` as they are, in the state's own
-types: there is no second layout. Both return new tensors and change none, so that a state stays a value; they read nothing
-on the host, where the ring's next slot is known besides (:func:`~titans_graph.kernels.memory_lazy.ready`), and so a step can
-be captured in a CUDA graph and replayed. No gradients: single tokens with gradients are the portable form's.
+The operators take and give the tensors of :class:`~titans_graph.kernels.memory_lazy.Lazy` as they are: there is no second
+layout. What is only read (anchor, M and S of a step) may be in a narrower type than the ring. Both return new tensors and
+change none, so that a state stays a value; they read nothing on the host, where the ring's next slot is known besides
+(:func:`~titans_graph.kernels.memory_lazy.ready`), and so a step can be captured in a CUDA graph and replayed. No gradients:
+single tokens with gradients are the portable form's.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def decode_step(
 ) -> Ring:
     """:func:`~titans_graph.kernels.memory_lazy.lazy_step`: y, and of the next state ``inputs``, ``deltas``, ``shares``,
     ``ends`` and ``slot``."""
-    tokens = [*(x.to(weights[0].dtype) for x in (q, k, v)), *(x.float() for x in (step, log_momentum, log_keep))]
+    tokens = [*(x.to(deltas[0].dtype) for x in (q, k, v)), *(x.float() for x in (step, log_momentum, log_keep))]
     fast = anchor, weights, momenta, inputs, deltas
     y, *new = decode_op(network, objective, read, bounded, *fast, shares, ends, slot, norms, tokens)
     n = len(inputs)
@@ -144,14 +145,21 @@ def _(
 
 
 def decode_write(
-    weights: list[Tensor], momenta: list[Tensor], inputs: list[Tensor], deltas: list[Tensor], shares: Tensor, ends: Tensor
-) -> tuple[list[Tensor], list[Tensor]]:
-    """:func:`~titans_graph.kernels.memory_lazy.current`."""
-    new = write_op(weights, momenta, inputs, deltas, shares, ends)
-    return new[: len(weights)], new[len(weights) :]
+    weights: list[Tensor],
+    momenta: list[Tensor],
+    inputs: list[Tensor],
+    deltas: list[Tensor],
+    shares: Tensor,
+    ends: Tensor,
+    reads: torch.dtype | None = None,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """:func:`~titans_graph.kernels.memory_lazy.current`, and both again in the type ``reads``, where there is one."""
+    new = write_op(weights, momenta, inputs, deltas, shares, ends, reads)
+    n = len(weights)
+    return new[:n], new[n : 2 * n], new[2 * n :]
 
 
-@torch.library.custom_op("titans_graph::memory_decode_write", mutates_args=())
+@torch.library.custom_op("titans_graph::memory_decode_write_2", mutates_args=())
 def write_op(
     weights: Sequence[Tensor],
     momenta: Sequence[Tensor],
@@ -159,13 +167,17 @@ def write_op(
     deltas: Sequence[Tensor],
     shares: Tensor,
     ends: Tensor,
+    reads: torch.dtype | None,
 ) -> list[Tensor]:
-    """``[weights.., momenta..]`` with the ring's pairs; every weight is used once, in the order of the lists."""
+    """``[weights.., momenta..]`` with the ring's pairs, and copies of all in the type ``reads``, unless that is None.
+
+    Every weight is used once, in the order of the lists.
+    """
     from titans_graph.kernels.triton_decode_host import write
 
     lists = [_packed(values) for values in (weights, momenta, inputs, deltas)]
     with torch.cuda.device(shares.get_device()):
-        return write(lists[0], lists[1], lists[2], lists[3], shares.contiguous(), ends.contiguous())
+        return write(lists[0], lists[1], lists[2], lists[3], shares.contiguous(), ends.contiguous(), reads)
 
 
 def _packed(values: Sequence[Tensor]) -> list[Tensor]:
@@ -180,5 +192,7 @@ def _(
     deltas: Sequence[Tensor],
     shares: Tensor,
     ends: Tensor,
+    reads: torch.dtype | None,
 ) -> list[Tensor]:
-    return [x.new_empty(x.shape) for x in (*weights, *momenta)]
+    new = [x.new_empty(x.shape) for x in (*weights, *momenta)]
+    return new if reads is None else [*new, *(x.new_empty(x.shape, dtype=reads) for x in new)]

@@ -21,7 +21,9 @@ cheap to copy, a long one seldom written out; :data:`SLOTS` is where the sum is 
 bytes on a GPU (docs/kernels.md). What a chunk decides once, the norms of its first weights for the bound of the step, is kept
 beside it.
 
-``kernel``: ``triton`` for the operators of :mod:`memory_decode`, which take the same tensors, or ``portable``.
+``kernel``: ``triton`` for the operators of :mod:`memory_decode`, which take the same tensors, or ``portable``. A model in half
+precision reads on a GPU from copies of anchor, M and S in its own type: reading is most of what a token takes there, and half
+of it so. What is written, and all that is added up over tokens, stays float32; the copies are made anew from that.
 
 Shapes: ``B`` batch, ``H`` heads, ``N`` = B * H rows, ``R`` slots of the ring, ``W`` fast weights.
 """
@@ -54,7 +56,8 @@ class Lazy(NamedTuple):
     out]``: one tensor for every *use* of a weight, in the order of ``network.uses``. ``shares`` ``[.., 2, R]``: w and s of
     the pairs, 0 for an empty slot. ``ends`` ``[.., 3]``: a0, f and e0. ``slot`` int64 ``[B]``: where the next pair goes,
     the same in all rows. ``norms`` ``[.., W]``: those of the anchor. ``shares``, ``ends`` and ``norms`` are float32 at
-    least: half precision cannot tell a keep of 0.998 from 1.
+    least: half precision cannot tell a keep of 0.998 from 1. ``copies``: anchor, weights and momenta, one list after the
+    other, in the type that the Triton kernels read them in; empty where that is their own.
     """
 
     anchor: list[Tensor]
@@ -66,6 +69,7 @@ class Lazy(NamedTuple):
     ends: Tensor
     slot: Tensor
     norms: Tensor
+    copies: Sequence[Tensor] = ()
 
 
 def slots_of(chunk: int) -> int:
@@ -74,9 +78,16 @@ def slots_of(chunk: int) -> int:
 
 
 def begin(
-    network: str | Network, chunk: int, bounded: bool, anchor: list[Tensor], weights: list[Tensor], momenta: list[Tensor]
+    network: str | Network,
+    chunk: int,
+    bounded: bool,
+    anchor: list[Tensor],
+    weights: list[Tensor],
+    momenta: list[Tensor],
+    *,
+    reads: torch.dtype | None = None,
 ) -> Lazy:
-    """An empty ring over weights and momenta as they are."""
+    """An empty ring over weights and momenta as they are; ``reads``: the type of copies to read from (None: there are none)."""
     net = parsed(network, "l2")[0]
     lead, like = anchor[0].shape[:2], anchor[0]
     precise = torch.promote_types(like.dtype, torch.float32)
@@ -89,13 +100,14 @@ def begin(
     shares = like.new_zeros(*lead, 2, slots_of(chunk), dtype=precise)
     norms = _norms(net, anchor) if bounded else like.new_zeros(*lead, 0, dtype=precise)
     slot = like.new_zeros(lead[0], dtype=torch.int64)
-    return Lazy(anchor, weights, momenta, inputs, deltas, shares, _clear(shares.new_zeros(*lead, 3)), slot, norms)
+    copies = [] if reads in (None, like.dtype) else [x.to(reads) for x in (*anchor, *weights, *momenta)]
+    return Lazy(anchor, weights, momenta, inputs, deltas, shares, _clear(shares.new_zeros(*lead, 3)), slot, norms, copies)
 
 
 def current(network: str | Network, state: Lazy, kernel: str = "portable") -> tuple[list[Tensor], list[Tensor]]:
     """M_t and S_t, written out."""
     if kernel == "triton":
-        return decode_write(state.weights, state.momenta, state.inputs, state.deltas, state.shares, state.ends)
+        return decode_write(*_pairs_of(state))[:2]
     net, dtype = parsed(network, "l2")[0], state.weights[0].dtype
     (w, s), (a0, f, e0) = state.shares.to(dtype).unbind(-2), state.ends.to(dtype).unbind(-1)
     weights, momenta = [], []
@@ -145,9 +157,19 @@ def ready(
 
 def written(network: str | Network, state: Lazy, kernel: str = "portable") -> Lazy:
     """The state with weights and momenta of the last token, and an empty ring."""
-    weights, momenta = current(network, state, kernel)
+    if kernel == "triton":
+        weights, momenta, copies = decode_write(*_pairs_of(state), reads=state.copies[0].dtype if state.copies else None)
+    else:
+        weights, momenta = current(network, state, kernel)
+        copies = [x.to(state.copies[0].dtype) for x in (*weights, *momenta)] if state.copies else []
     empty, clear, first = torch.zeros_like(state.shares), _clear(state.ends), torch.zeros_like(state.slot)
-    return state._replace(weights=weights, momenta=momenta, shares=empty, ends=clear, slot=first)
+    kept = [*state.copies[: len(weights)], *copies]
+    return state._replace(weights=weights, momenta=momenta, shares=empty, ends=clear, slot=first, copies=kept)
+
+
+def _pairs_of(state: Lazy) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
+    """What M_t and S_t are made from."""
+    return state.weights, state.momenta, state.inputs, state.deltas, state.shares, state.ends
 
 
 def _restarted(state: Lazy, rows: Tensor, weights: list[Tensor]) -> Lazy:
@@ -156,14 +178,16 @@ def _restarted(state: Lazy, rows: Tensor, weights: list[Tensor]) -> Lazy:
     # The pairs as well: one of the document before that is not finite would not be, times a share of 0.
     clean = [[torch.where(there[..., None], 0.0, x) for x in values] for values in (state.inputs, state.deltas)]
     # Copies: where all rows restart these are the state, which must not be the model's parameters.
-    weights = [x.clone(memory_format=torch.contiguous_format) for x in weights]
+    weights = _rows(rows, [x.clone(memory_format=torch.contiguous_format) for x in weights], state.weights)
+    momenta = _rows(rows, [torch.zeros_like(x) for x in state.momenta], state.momenta)
     return state._replace(
-        weights=_rows(rows, weights, state.weights),
-        momenta=_rows(rows, [torch.zeros_like(x) for x in state.momenta], state.momenta),
+        weights=weights,
+        momenta=momenta,
         inputs=clean[0],
         deltas=clean[1],
         shares=torch.where(there[..., None], 0.0, state.shares),
         ends=torch.where(there, _clear(state.ends), state.ends),
+        copies=[x.to(c.dtype) for c, x in zip(state.copies, (*state.anchor, *weights, *momenta), strict=False)],
     )
 
 
@@ -171,16 +195,20 @@ def _anchored(network: str | Network, state: Lazy, starts: list[bool], pending: 
     """With the weights of now as anchor in the rows that begin a chunk; ``pending``: there are pairs in the ring."""
     if not any(starts):
         return state
-    net, bounded = parsed(network, "l2")[0], state.norms.shape[-1] > 0
+    net, bounded, count = parsed(network, "l2")[0], state.norms.shape[-1] > 0, len(state.weights)
+    at, rest = state.copies[:count], state.copies[count:]
     # Never the weights themselves: two inputs of a compiled region that are one tensor would be a variant of their own.
     if all(starts) and not pending:
         anchor = [w.clone() for w in state.weights]
-        return state._replace(anchor=anchor, norms=_norms(net, anchor) if bounded else state.norms)
+        copies = [*(c.clone() for c in rest[:count]), *rest]
+        return state._replace(anchor=anchor, norms=_norms(net, anchor) if bounded else state.norms, copies=copies)
     index = torch.tensor([row for row, start in enumerate(starts) if start], device=state.slot.device)
-    some = Lazy(*(_select(x, index) for x in state))
+    some = Lazy(*(_select(x, index) for x in state._replace(copies=[])))
     now = current(net, some, kernel)[0] if pending else some.weights
-    anchor = [old.index_copy(0, index, new) for old, new in zip(state.anchor, now, strict=True)]
-    return state._replace(anchor=anchor, norms=state.norms.index_copy(0, index, _norms(net, now)) if bounded else state.norms)
+    pairs = (zip(old, now, strict=False) for old in (state.anchor, at))
+    anchor, at = ([old.index_copy(0, index, new.to(old.dtype)) for old, new in pair] for pair in pairs)
+    norms = state.norms.index_copy(0, index, _norms(net, now)) if bounded else state.norms
+    return state._replace(anchor=anchor, norms=norms, copies=[*at, *rest])
 
 
 def _select(x: Any, index: Tensor) -> Any:
@@ -209,8 +237,11 @@ def lazy_step(
     if kernel == "triton":
         assert isinstance(network, str)
         assert isinstance(objective, str)
+        n, copies = len(state.weights), list(state.copies)
+        fast = (copies[:n], copies[n : 2 * n], copies[2 * n :]) if copies else (state.anchor, state.weights, state.momenta)
+        pairs, place = (state.inputs, state.deltas), (state.shares, state.ends, state.slot, state.norms)
         y, inputs, deltas, shares, ends, slot = decode_step(
-            network, objective, read, bounded, *state, q, k, v, step, log_momentum, log_keep
+            network, objective, read, bounded, *fast, *pairs, *place, q, k, v, step, log_momentum, log_keep
         )
         return y, state._replace(inputs=inputs, deltas=deltas, shares=shares, ends=ends, slot=slot)
     return _portable(q, k, v, (step, log_momentum, log_keep), state, *parsed(network, objective), read, bounded)

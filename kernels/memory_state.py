@@ -5,7 +5,8 @@ are read without gradients it holds a ring of pairs besides (:class:`~titans_gra
 and ``ring.deltas.i`` for every use of a weight, ``ring.shares``, ``ring.ends``, ``ring.norms`` and ``ring.slot``; ``weights.*``
 and ``momenta.*`` are then those last written. ``ring.taken`` ``[B, n]`` tells the host by its shape how many pairs there are:
 what stands in it means nothing and is never read, so that nothing waits for a GPU. The portable form and the Triton kernels
-have this one layout: nothing is converted but where single tokens begin or end.
+have this one layout: nothing is converted but where single tokens begin or end. ``copies.i``: where a model in half precision
+is read by Triton kernels, anchor, weights and momenta in its type.
 """
 
 from __future__ import annotations
@@ -37,27 +38,28 @@ def lazy_of(state: State, names: Sequence[str]) -> Lazy | None:
     """The ring and what it stands on; None where the state has none."""
     if "ring.shares" not in state:
         return None
-    inputs, deltas = _ring(state, "inputs"), _ring(state, "deltas")
+    inputs, deltas = _numbered(state, "ring.inputs"), _numbered(state, "ring.deltas")
     anchor, weights, momenta = listed(state, names)
     rest = state["ring.shares"], state["ring.ends"], state["ring.slot"], state["ring.norms"]
-    return Lazy(anchor, weights, momenta, inputs, deltas, *rest)
+    return Lazy(anchor, weights, momenta, inputs, deltas, *rest, _numbered(state, "copies"))
 
 
-def _ring(state: State, kind: str) -> list[Tensor]:
-    """A ring's ``inputs`` or ``deltas`` in the order of uses.
+def _numbered(state: State, kind: str) -> list[Tensor]:
+    """The entries ``kind.0``, ``kind.1`` ...
 
     By look-up alone: a traced call that runs through a mapping is specialised on the order of its keys.
     """
     found: list[Tensor] = []
-    while f"ring.{kind}.{len(found)}" in state:
-        found.append(state[f"ring.{kind}.{len(found)}"])
+    while f"{kind}.{len(found)}" in state:
+        found.append(state[f"{kind}.{len(found)}"])
     return found
 
 
 def named_lazy(names: Sequence[str], lazy: Lazy) -> dict[str, Tensor]:
     """The entries of a state with a ring."""
     fast = named(names, lazy.anchor, lazy.weights, lazy.momenta)
-    return {**fast, **named_ring(lazy), "ring.norms": lazy.norms}
+    copies = {f"copies.{i}": x for i, x in enumerate(lazy.copies)}
+    return {**fast, **named_ring(lazy), "ring.norms": lazy.norms, **copies}
 
 
 def named_ring(lazy: Lazy) -> dict[str, Tensor]:
@@ -77,13 +79,16 @@ def stepping(
     initial: Sequence[Tensor],
     position: Tensor,
     kernel: str,
+    reads: torch.dtype,
 ) -> dict[str, Tensor]:
     """The state with a ring, ready for the tokens at ``position`` (int64 ``[B]``, on the CPU).
 
     Rows at position 0 begin with ``initial`` (``[H, *shape]`` each), rows that begin a chunk get its anchor, rows that begin
-    a segment its ``opening`` where there is one. ``kernel``: ``triton`` or ``portable``.
+    a segment its ``opening`` where there is one. ``kernel``: ``triton``, which reads weights in the type ``reads``, or
+    ``portable``.
     """
-    lazy = lazy_of(state, names) or begin(network, chunk, bounded, *listed(state, names))
+    copies = reads if kernel == "triton" else None
+    lazy = lazy_of(state, names) or begin(network, chunk, bounded, *listed(state, names), reads=copies)
     taken = state["ring.taken"].shape[1] if "ring.taken" in state else 0
     places = position.tolist()  # Whole numbers: with tensors the questions below would cost as much as a token.
     fresh = [x.expand_as(w) for x, w in zip(initial, lazy.weights, strict=True)]
@@ -104,7 +109,7 @@ def settled(network: str, names: Sequence[str], state: State, kernel: str) -> di
     if lazy is None:
         return dict(state)
     weights, momenta = current(network, lazy, kernel)
-    kept = {key: x for key, x in state.items() if not key.startswith("ring.")}
+    kept = {key: x for key, x in state.items() if not key.startswith(("ring.", "copies."))}
     return {**kept, **named(names, lazy.anchor, weights, momenta)}
 
 

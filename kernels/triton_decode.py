@@ -10,8 +10,9 @@ token's own pair added to a new place (its slots that hold no pair are read by n
 token would read and write M and S.
 
 Arrays: ``N`` rows (batch times heads). Fast weights ``[N, in, out]`` of each layer: ``anchor``, ``m`` and ``s`` as last
-written. Rings ``[N, SLOTS, size]`` in the state's type, ``shares`` w and s ``[N, 2, SLOTS]``, ``ends`` a0, f, e0 ``[N, 3]`` and
-``norms`` ``[N, layers]`` in fp32; ``slot`` int64 ``[B]``: where the token's pair goes. ``RING``: the power of 2 from SLOTS on.
+written, for reading in any type. Rings ``[N, SLOTS, size]`` in the state's type, ``shares`` w and s ``[N, 2, SLOTS]``,
+``ends`` a0, f, e0 ``[N, 3]`` and ``norms`` ``[N, layers]`` in fp32; ``slot`` int64 ``[B]``: where the token's pair goes.
+``RING``: the power of 2 from SLOTS on.
 """
 
 from __future__ import annotations
@@ -158,11 +159,12 @@ def mlp_decode_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def decode_write_kernel(
-    m, s, inputs, deltas, shares, ends, new_m, new_s,
+    m, s, inputs, deltas, shares, ends, new_m, new_s, copy_m, copy_s,
     SLOTS: tl.constexpr, RING: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE_ROWS: tl.constexpr,
-    TILE: tl.constexpr,
+    TILE: tl.constexpr, COPIED: tl.constexpr,
 ):  # fmt: skip
-    """M and S of the last token: one tile of one fast weight ``[ROWS, COLUMNS]`` of one row."""
+    """M and S of the last token: one tile of one fast weight ``[ROWS, COLUMNS]`` of one row; ``COPIED``: twice, once to
+    read from."""
     row = tl.program_id(0).to(tl.int64)
     part: tl.constexpr = COLUMNS // TILE
     down = tl.program_id(1) // part * TILE_ROWS + tl.arange(0, TILE_ROWS)
@@ -184,3 +186,6 @@ def decode_write_kernel(
     momenta = tl.load(ends + row * 3 + 2) * momenta - dot(left_s, right)
     tl.store(new_m + here, weights.to(new_m.dtype.element_ty))
     tl.store(new_s + here, momenta.to(new_s.dtype.element_ty))
+    if COPIED:
+        tl.store(copy_m + here, weights.to(copy_m.dtype.element_ty))
+        tl.store(copy_s + here, momenta.to(copy_s.dtype.element_ty))

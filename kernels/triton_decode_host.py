@@ -22,7 +22,10 @@ RING = max(16, 1 << (SLOTS - 1).bit_length())
 
 
 class Ring(NamedTuple):
-    """The tensors of :class:`~titans_graph.kernels.memory_lazy.Lazy`, contiguous; the lists have an entry a layer."""
+    """The tensors of :class:`~titans_graph.kernels.memory_lazy.Lazy`, contiguous; the lists have an entry a layer.
+
+    ``anchor``, ``weights`` and ``momenta``: those, or their copies.
+    """
 
     anchor: list[Tensor]
     weights: list[Tensor]
@@ -56,20 +59,28 @@ def decode(sizes: Sizes, parameter: float, ring: Ring, tokens: Tokens) -> list[T
 
 
 def write(
-    weights: list[Tensor], momenta: list[Tensor], inputs: list[Tensor], deltas: list[Tensor], shares: Tensor, ends: Tensor
+    weights: list[Tensor],
+    momenta: list[Tensor],
+    inputs: list[Tensor],
+    deltas: list[Tensor],
+    shares: Tensor,
+    ends: Tensor,
+    reads: torch.dtype | None,
 ) -> list[Tensor]:
-    """``[weights.., momenta..]`` of the last token, all new."""
+    """``[weights.., momenta..]`` of the last token and, where ``reads`` is a type, both again in it; all new."""
     new = [torch.empty_like(x) for x in (*weights, *momenta)]
+    copies = new if reads is None else [torch.empty_like(x, dtype=reads) for x in new]
     count = len(weights)
     rows = shares.shape[0] * shares.shape[1]
     for layer in range(count if rows else 0):
         width, out = weights[layer].shape[2:]
-        sizes = Sizes(shares.shape[-1], width, out, DTYPES[weights[layer].dtype])
-        args = weights[layer], momenta[layer], inputs[layer], deltas[layer], shares, ends, new[layer], new[count + layer]
+        sizes = Sizes(shares.shape[-1], width, out, DTYPES[reads or torch.float32])
+        given = weights[layer], momenta[layer], inputs[layer], deltas[layer], shares, ends
+        args = (*given, *(x for made in (new, copies) for x in made[layer::count]))
         values = _constants(decode_write_kernel, sizes, config("decode_write", sizes))
         tiles = width // values["TILE_ROWS"] * (out // values["TILE"])
         _launch("decode_write", decode_write_kernel, (rows, tiles), sizes, args, 0.0)
-    return new
+    return new if reads is None else [*new, *copies]
 
 
 def _launch(name: str, function: Any, grid: tuple[int, ...], sizes: Sizes, args: tuple[Any, ...], parameter: float) -> None:
@@ -93,7 +104,8 @@ def supports(sizes: Sizes) -> bool:
 
 
 def _constants(function: Any, sizes: Sizes, chosen: Config) -> dict[str, Any]:
-    """``sizes``: of a memory; of ``decode_write`` those of one fast weight, ``hidden`` being its columns."""
+    """``sizes``: of a memory, ``dtype`` being what weights are read in; of ``decode_write`` those of one fast weight,
+    ``hidden`` being its columns."""
     slots, columns = slots_of(sizes.chunk), sizes.hidden or sizes.dim
     values = {
         "SLOTS": slots,
@@ -109,19 +121,22 @@ def _constants(function: Any, sizes: Sizes, chosen: Config) -> dict[str, Any]:
         "ROWS": sizes.dim,
         "COLUMNS": columns,
         "TILE_ROWS": tile_of(sizes.dim, 64),
+        "COPIED": sizes.dtype != "fp32",
     }
     return {name: values[name] for name in function.arg_names if name in values}
 
 
-_FP32 = {"step", "log_momentum", "log_keep", "shares", "ends", "norms", "new_shares", "new_ends"}
+_READ = {f"{kind}{layer}" for kind in ("anchor", "m", "s") for layer in ("", "_one", "_two")}
+_COPIES = {"copy_m", "copy_s"}
 _OTHERS = {"slots": "*i64", "heads": "i32"}
 
 
 def _describe(function: Any, sizes: Sizes, chosen: Config) -> Description:
+    """What is only read is in the type of ``sizes``; tokens, rings and what is written are fp32, as a running state is."""
     constants = _constants(function, sizes, chosen)
-    operand = f"*{sizes.dtype}"
+    narrow = _COPIES if "COPIED" in constants else _READ
     names = [name for name in function.arg_names if name not in constants]
-    return {name: _OTHERS.get(name, "*fp32" if name in _FP32 else operand) for name in names}, constants
+    return {name: _OTHERS.get(name, f"*{sizes.dtype}" if name in narrow else "*fp32") for name in names}, constants
 
 
 def _linear(sizes: Sizes) -> bool:

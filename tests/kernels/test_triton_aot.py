@@ -114,7 +114,11 @@ def test_default_configurations_fit_every_target(tmp_path: Path, golden: Callabl
         here = [b for b in budgets if b.target == target]
         assert {b.kernel for b in here} == set(kernels()) - plain
         without = {b.kernel for b in here if not b.matrix}
-        assert without == {"gates", "gates_backward", "linear_decode", "mlp_decode"}, "products run on the matrix unit"
+        # NVIDIA's matrix units know no fp32, the type of a state, which decode_write multiplies in.
+        in_fp32 = {"decode_write"} if target.startswith("sm_") else set()
+        assert without == {"gates", "gates_backward", "linear_decode", "mlp_decode"} | in_fp32, (
+            "products run on the matrix unit"
+        )
     text = f"triton {triton.__version__}; bytes of stack and shared memory\n\n{triton_aot.table(budgets)}"
     path = ROOT / GOLDEN
     if path.is_file() and not path.read_text(encoding="utf-8").startswith(text.partition(";")[0] + ";"):
@@ -123,7 +127,7 @@ def test_default_configurations_fit_every_target(tmp_path: Path, golden: Callabl
 
 
 def test_decoding_fits_every_target_in_the_type_of_the_state() -> None:
-    """A memory's running state is float32 in every model (kernels/precision.py), so that is what its tokens run on."""
+    """A model in float32 reads the state itself; copies in its own type are for one in half precision."""
     names = "linear_decode", "mlp_decode", "decode_write"
     done = run("-m", "titans_graph.kernels.triton_aot", "--dtype", "fp32", "--kernels", *names)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -124,6 +124,42 @@ def test_calls_of_any_lengths_with_documents_and_rows_apart(seed: int, decoded: 
     close(y, want)
 
 
+@pytest.mark.parametrize("network", ["linear", MLP], ids=["linear", "mlp"])
+def test_a_model_in_half_precision_is_read_from_copies(network: Any, decoded: list[int]) -> None:
+    """At every token they are what they copy, also where rows begin documents and chunks apart and the ring is written."""
+    fast, truth = pair(torch.float16, network, cap="none", max_step=0.02)
+    x = stream(3, 60)
+    document = (torch.rand(3, 60, generator=torch.Generator().manual_seed(2)) < 0.05).long().cumsum(1)
+    y, state = read(fast, x, [5], None, document)
+    names = [f"{kind}.{name}" for kind in ("anchor", "weights", "momenta") for name in tg.fast_weights(network, DIM)]
+    answers, apart = [y], 0
+    for t in range(5, 60):
+        y, state = read(fast, x[:, t : t + 1], [1], state, document[:, t : t + 1])
+        answers.append(y)
+        apart += len(set((state.position % CHUNK).tolist())) > 1
+        assert isinstance(state.nodes, Stepping)
+        held = state.nodes.held["memory_neural"]
+        for i, name in enumerate(names):
+            assert held[name].dtype == torch.float32
+            assert torch.equal(held[f"copies.{i}"], held[name].half()), f"{name} at token {t}"
+        assert f"copies.{len(names)}" not in held
+    assert decoded == [3] * 55
+    assert apart > 30
+    close(torch.cat(answers, 1), read(truth, x.half().double(), [60], None, document)[0], 1e-2)
+    assert not [key for key in state.nodes["memory_neural"] if key.startswith("copies")]
+
+
+@pytest.mark.compile
+def test_a_compiled_model_in_half_precision_decodes_from_copies(decoded: list[int]) -> None:
+    fast, truth = pair(torch.float16, "linear")
+    x = stream(2, 20)
+    compiled = fast.compile()
+    y, _ = read(compiled, x, [1] * 20)
+    assert decoded == [2] * 20
+    close(y, read(truth, x.half().double(), [20])[0], 1e-2)
+    assert compiled.report().variants == 1
+
+
 def test_a_state_of_the_kernels_is_a_value(tmp_path: Path) -> None:
     """Forked, read on from twice, reordered, reset, saved: none of it shows in another."""
     fast, truth = pair()
