@@ -127,7 +127,7 @@ MEMORY = (
         "anchor late for single tokens",
         "decoding goes on with the anchor of the chunk before",
         ("kernels.memory_lazy:_anchored", "anchor = [w.clone() for w in state.weights]", "anchor = state.anchor"),
-        ("kernels.memory_lazy:_anchored", "old.index_copy(0, index, new) for", "old for"),
+        ("kernels.memory_lazy:_anchored", "old.index_copy(0, index, new.to(old.dtype)) for", "old for"),
     ),
     defect(
         "past surprise of the ring does not fade",
