@@ -22,7 +22,7 @@ from titans_graph.kernels.memory import memory_read, memory_scan, memory_step
 from titans_graph.kernels.memory_crowding import crowding, step_cap
 from titans_graph.kernels.memory_decode import decode_kernel
 from titans_graph.kernels.memory_lazy import lazy_step
-from titans_graph.kernels.memory_objectives import parse_objective
+from titans_graph.kernels.memory_objectives import ObjectiveError, parse_objective
 from titans_graph.kernels.memory_ops import form_of
 from titans_graph.kernels.memory_prebuild import kinds, prebuild
 from titans_graph.kernels.memory_state import free_names, lazy_of, listed, named, named_ring, opening_weights, settled, stepping
@@ -148,7 +148,7 @@ class NeuralMemory(Component, nn.Module):
         p = site.parameters
         if p.head_dim is None and dim % p.heads:
             raise SiteError(f"heads {p.heads} do not divide the feature size {dim}", key="heads", kind=WrongType)
-        cls._check_network(p, p.head_dim or dim // p.heads)
+        cls._check(p, p.head_dim or dim // p.heads)
         if site.connected("opening") and site.segment is None:
             raise SiteError(
                 "'opening' needs an enclosing segment: it reads the weights from before it",
@@ -168,13 +168,14 @@ class NeuralMemory(Component, nn.Module):
         return {"recall": stream(dim, "recall"), "recalled": stream(dim, "recalled")}
 
     @staticmethod
-    def _check_network(p: Any, size: int) -> None:
-        """The network's sizes agree for keys of ``size``."""
+    def _check(p: Any, size: int) -> None:
+        """Network and objective go with keys of ``size``."""
         try:
             parse_network(p.network).weights(size)
-        except NetworkError as error:
-            place = "/".join(("network", *error.path))
-            raise SiteError(f"for keys of size {size}: {error}", kind=WrongType, key=place) from error
+            parse_objective(p.objective).check(size)
+        except (NetworkError, ObjectiveError) as error:
+            key = "network" if isinstance(error, NetworkError) else "objective"
+            raise SiteError(f"for keys of size {size}: {error}", kind=WrongType, key="/".join((key, *error.path))) from error
 
     @classmethod
     def dependences(cls, site: Site) -> tuple[Dependence, ...]:
@@ -219,8 +220,7 @@ class NeuralMemory(Component, nn.Module):
 
     def __init__(self, site: Site) -> None:
         super().__init__()
-        p = site.parameters
-        self.p = p
+        p = self.p = site.parameters
         self.kernel = {"by device": "auto", "chunk": "portable"}.get(p.kernel, p.kernel)
         self.compiles = p.kernel != "reference"  # a loop over tokens: tracing it would write out every token
         self.dim = dim = site.features("write")

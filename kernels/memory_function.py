@@ -45,8 +45,10 @@ class MemoryState:
     @classmethod
     def initial(cls, weights: Named, momenta: Named | None = None) -> MemoryState:
         """The state before the first token: ``weights`` M_0 and ``momenta`` S_0 (zero where not given)."""
+        _check_named("weights", weights)
         if momenta is None:
             momenta = {name: torch.zeros_like(w) for name, w in weights.items()}
+        _check_named("momenta", momenta)
         if {n: w.shape for n, w in weights.items()} != {n: s.shape for n, s in momenta.items()}:
             raise UsageError("momenta must have the names and shapes of the weights")
         return cls(dict(weights), dict(momenta), dict(weights))
@@ -135,8 +137,9 @@ def neural_memory(
     Returns y ``[B, H, T, d]`` and the state after the last token, in float32 where weights were of half precision, which
     would lose what single tokens write. Gradients reach q, k, v, the gates, and the weights or the
     state's weights, momenta and anchor, in reverse and once; transforms of ``torch.func`` and forward-mode gradients take
-    ``kernel="reference"``. A token that is not finite spoils its whole chunk. Raises :class:`UsageError` where shapes,
-    names or settings do not fit.
+    ``kernel="reference"``. A token that is not finite spoils its whole chunk. ``compiled`` and ``triton`` work on whole
+    chunks, so that a short call costs as much as one of ``chunk`` tokens. Raises :class:`UsageError` where shapes, names or
+    settings do not fit.
     """
     check_tensors(q=q, k=k, v=v, step=step, log_momentum=log_momentum, log_keep=log_keep)
     text, goal, shapes = described(network, objective, q.shape[-1])
@@ -144,6 +147,10 @@ def neural_memory(
         if weights is None:
             raise UsageError("neural_memory needs weights, or a state")
         state = MemoryState.initial(weights)
+    if not isinstance(state, MemoryState):
+        raise UsageError(
+            f"state must be a MemoryState, from an earlier call or MemoryState.initial, not a {type(state).__name__}"
+        )
     state = state._map(running)
     step, log_momentum, log_keep = complete_gates(step, log_momentum, log_keep)
     kinds = {part: getattr(state, part) for part in _PARTS}
@@ -182,8 +189,18 @@ def described(
     network: Description | Network, objective: Description | Objective, dim: int
 ) -> tuple[str, str, tuple[tuple[str, tuple[int, ...]], ...]]:
     """Canonical texts of network and objective, names and shapes of the weights: constants, which tracing may bring back."""
-    net = parse_network(network)
-    return net.text(), parse_objective(objective).text(), tuple(net.weights(dim).items())
+    net, goal = parse_network(network), parse_objective(objective)
+    goal.check(dim)
+    return net.text(), goal.text(), tuple(net.weights(dim).items())
+
+
+def _check_named(kind: str, named: object) -> None:
+    """A :class:`UsageError` for what is no mapping of tensors."""
+    if not isinstance(named, Mapping):
+        raise UsageError(f"{kind} must be a mapping of names to tensors [B, H, *shape], not a {type(named).__name__}")
+    for name, x in named.items():
+        if not isinstance(x, Tensor):
+            raise UsageError(f"{kind}[{name!r}] must be a tensor [B, H, *shape], not {x!r:.60}")
 
 
 def check_tensors(q: object, **others: object) -> None:

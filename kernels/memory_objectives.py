@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, cast
 
 from titans_graph.errors import UsageError, shortened
@@ -52,6 +52,11 @@ class Objective:
             _check_losses(self.name, losses, prediction)
         return losses.sum()
 
+    def check(self, dim: int) -> None:
+        """An :class:`ObjectiveError` where a loss of the user's mixes tokens of that size."""
+        if not self.own:
+            _check_tokens(self.name, _TABLE[self.name].loss, self.options, dim)
+
     @property
     def own(self) -> bool:
         """Whether it is one of the project's, which every process knows, and not registered in this one."""
@@ -84,43 +89,73 @@ def _check_losses(name: str, losses: Any, prediction: Tensor) -> None:
         )
 
 
-def _check_tokens(name: str, loss: Loss, options: tuple[tuple[str, Plain], ...]) -> None:
-    """Try the loss on sizes that all differ: the shape must fit, and no token's loss may depend on another token."""
+def _check_tokens(name: str, loss: Loss, options: tuple[tuple[str, Plain], ...], dim: int = 5) -> None:
+    """Try the loss on sizes that all differ, tokens of ``dim``: the shape must fit, and no token's loss may depend on another
+    token, on how many there are, or on something that is trained."""
     import torch
 
-    if torch.compiler.is_compiling() or (name, loss, options) in _TRIED:
+    if torch.compiler.is_compiling() or (name, loss, options, dim) in _TRIED:
         return
-    numbers = torch.arange(60, dtype=torch.float64, device="cpu").mul(1.7).sin()
-    prediction, value = numbers.view(2, 2, 3, 5)
-    try:
-        before = loss(prediction, value, **dict(options))
-        _check_losses(name, before, prediction)
-        mixed = any(
-            not torch.allclose(loss(changed, value, **dict(options))[others], before[others], rtol=1e-9, equal_nan=True)
-            for changed, others in _changed(prediction, value)
-        )
-    except RuntimeError:
-        return  # Made for one size, type or device: what it is used on decides, and there its shape is checked.
+    run = partial(loss, **dict(options))
+    numbers = torch.arange(12 * dim, dtype=torch.float64, device="cpu").mul(1.7).sin().view(2, 2, 3, dim)
+    for dtype in (torch.float64, torch.float32):
+        prediction, value = numbers.to(dtype)
+        try:
+            with torch.enable_grad():
+                before = run(prediction, value)
+            _check_losses(name, before, prediction)
+            _refuse(
+                name,
+                any(not _same(run(*changed)[others], before[others]) for *changed, others in _changed(prediction, value)),
+                before.requires_grad,
+            )
+            few = run(prediction[:1, :2], value[:1, :2])
+            _refuse(name, few.shape != before[:1, :2].shape or not _same(few, before[:1, :2]), False)
+        except ObjectiveError:
+            raise
+        except Exception:  # Made for one size, type or device: what it is used on decides.
+            continue
+        _TRIED.add((name, loss, options, dim))
+        return
+
+
+def _refuse(name: str, mixed: bool, trained: bool) -> None:
     if mixed:
         raise ObjectiveError(
-            f"objective {name!r} mixes tokens: with one token's prediction changed, the losses of others change too; a loss "
-            "takes no mean, sum, maximum or statistics over tokens and draws nothing at random",
+            f"objective {name!r} mixes tokens: with one token's prediction or value changed, or some tokens left out, the "
+            "losses of others change too; a loss takes no mean, sum, maximum or statistics over tokens, does not count them "
+            "and draws nothing at random",
             name,
         )
-    _TRIED.add((name, loss, options))
+    if trained:
+        raise ObjectiveError(
+            f"objective {name!r} uses a tensor that requires gradients, and gets none: the memory's kernels differentiate by "
+            "prediction and value alone; detach it, or give numbers as options",
+            name,
+        )
 
 
-def _changed(prediction: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Predictions with one token far from its value, or at it; and which tokens are the others."""
+def _same(a: Tensor, b: Tensor) -> bool:
+    import torch
+
+    rtol, atol = (1e-9, 1e-8) if a.dtype == torch.float64 else (1e-4, 1e-5)
+    return torch.allclose(a, b, rtol, atol, equal_nan=True)
+
+
+def _changed(prediction: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Predictions and values with one token's prediction or value far from the other, or at it; and which tokens are others."""
     for token in range(prediction[..., 0].numel()):
         for far in (0.0, 10.0):
-            changed = prediction.clone()
+            changed, target = prediction.clone(), value.clone()
             changed.flatten(0, -2)[token] = value.flatten(0, -2)[token] + far
-            yield changed, (changed == prediction).all(-1)
+            target.flatten(0, -2)[token] = prediction.flatten(0, -2)[token] - far
+            others = (changed == prediction).all(-1)
+            yield changed, value, others
+            yield prediction, target, others
 
 
-_TRIED: set[tuple[str, Loss, tuple[tuple[str, Plain], ...]]] = set()
-"""Losses of users, with options, that were found to keep tokens apart."""
+_TRIED: set[tuple[str, Loss, tuple[tuple[str, Plain], ...], int]] = set()
+"""Losses of users, with options and a size, that were found to keep tokens apart."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +185,9 @@ def _huber(prediction: Tensor, value: Tensor, delta: float) -> Tensor:
 
 
 def _lp(prediction: Tensor, value: Tensor, p: float) -> Tensor:
-    return (prediction - value).abs().pow(p)
+    error = prediction - value
+    # The second derivative of the power of a size is 0 at 0, as it should be above p = 2; there it is 2.
+    return error.square() if p == 2.0 else error.abs().pow(p)
 
 
 _TABLE: dict[str, _Entry] = {
@@ -190,8 +227,9 @@ def register_objective(name: str, loss: Loss, *, curvature: Curvature = None, re
     through ``model.compile()`` before: compile them again.
 
     Raises :class:`ObjectiveError` where the name is taken by another function, an option has no plain finite default, the
-    loss cannot be called with them, or mixes tokens (it is tried on a few numbers, here and with each choice of options). The
-    memory of other processes does not know it: register it where a module is imported that they import too.
+    loss cannot be called with them, mixes tokens (it is tried on a few numbers: here, with each choice of options, and at
+    the size that it is used with), or uses a tensor that requires gradients, which would get none. The memory of other
+    processes does not know it: register it where a module is imported that they import too.
     """
     _check_registration(name, loss, curvature, options)
     defaults = {key: _coerced(default, default) for key, default in sorted(options.items())}

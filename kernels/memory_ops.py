@@ -96,7 +96,7 @@ def scan_op(
 
     y, *rest = undisturbed(run)
     n = 3 * len(weights)
-    return [y.view(tokens[0].shape), *split(rest[:n], (*anchor, *weights, *momenta)), *rest[n:]]
+    return [y, *(_whole(x, like) for x, like in zip(rest[:n], (*anchor, *weights, *momenta), strict=True)), *rest[n:]]
 
 
 def _forward(
@@ -107,9 +107,10 @@ def _forward(
     initial_weights: list[Tensor],
     initial_momenta: list[Tensor],
 ) -> list[Tensor]:
-    """The walk over all chunks: ``[y [N, K, C, d], anchor.., weights.., momenta.., saved..]``."""
+    """The walk over all chunks: ``[y [B, H, G, d], anchor.., weights.., momenta.., saved..]``, states ``[N, *shape]``."""
     q, chunk, steps = walk.tokens[0], walk.chunk, len(walk.flags)
-    y = q.new_empty(q.shape[0] * q.shape[1], steps, chunk, q.shape[3])
+    whole = q.new_empty(q.shape)
+    y = whole.view(q.shape[0] * q.shape[1], steps, chunk, q.shape[3])
     scale = [y.new_empty(y.shape[:3])] if every and walk.form.bounded else []
     size = _size((*now, *moving))
     kept = [x.new_empty(slots(steps, every, size), *x.shape) for x in (*now, *moving)] if every else []
@@ -132,11 +133,19 @@ def _forward(
             slot[:, c] = x
         for slot in products:
             slot[:, c] = ends[-1]
-    # An operator's results must not alias its arguments (the anchor may still be the entry's), and have the strides that
-    # its fake has, whatever a body gives.
-    ends = [*(_copy(x) for x in at), *(x.contiguous() for x in (*now, *moving))]
     shaped = [x.view(*q.shape[:3], *x.shape[3:]) for x in (*scale, *products)]
-    return [y, *ends, *shaped[: len(scale)], *kept, *shaped[len(scale) :]]
+    return [whole, *at, *now, *moving, *shaped[: len(scale)], *kept, *shaped[len(scale) :]]
+
+
+def _whole(x: Tensor, like: Tensor) -> Tensor:
+    """A copy in the shape of ``like``, contiguous and no view.
+
+    An operator's results must not alias its arguments (the anchor may still be the entry's), have the strides that its fake
+    has, whatever a body gives; and whoever gets them may change them in place, which autograd refuses for views.
+    """
+    result = x.new_empty(like.shape)
+    result.view(x.shape).copy_(x)
+    return result
 
 
 def _copy(x: Tensor) -> Tensor:

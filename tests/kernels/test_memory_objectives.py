@@ -165,6 +165,10 @@ def test_a_loss_of_the_wrong_shape_is_refused(loss: Any) -> None:
         lambda p, v: (p - v).square().cumsum(-2),
         lambda p, v: (p - v).square().sum(-1).flip(0),
         lambda p, v: (p - v).square().sum(-1) * torch.rand(2, 3),
+        lambda p, v: (p - v + v.mean(-2, keepdim=True)).square(),
+        lambda p, v: (p - v).square() * v.flip(-2),
+        lambda p, v: (p - v).square() / p.shape[-2],
+        lambda p, v: (p - v).square() / len(p),
     ],
 )
 def test_a_loss_that_mixes_tokens_is_refused(loss: Any) -> None:
@@ -177,6 +181,48 @@ def test_it_is_tried_with_every_choice_of_options() -> None:
     for _ in range(2):
         with pytest.raises(ObjectiveError, match="mixes tokens"):
             parse_objective({"test_centred": {"centre": True}})
+
+
+def test_a_loss_for_one_size_is_tried_at_that_size() -> None:
+    """By a call and by a component, whatever it raises at another size."""
+
+    def mixing(p: Tensor, v: Tensor) -> Tensor:
+        if p.shape[-1] != 4:
+            raise ValueError("four numbers a token")
+        return (p - v).softmax(-2).square()
+
+    register_objective("test_one_size", mixing)
+    x, weights = torch.zeros(1, 1, 3, 4), {"w": torch.zeros(1, 1, 4, 4)}
+    with pytest.raises(ObjectiveError, match="mixes tokens"):
+        tg.neural_memory("linear", weights, x, x, x, step=torch.zeros(1, 1, 3), objective="test_one_size")
+    b = tg.Builder(dim=8)
+    memory = b.add("memory.neural", write=b.input("x", ["B", "T", "dim"]), heads=2, objective="test_one_size")
+    b.output(memory.recall)
+    with pytest.raises(tg.SpecError, match=r"for keys of size 4: objective 'test_one_size' mixes tokens"):
+        b.build()
+
+
+def test_a_loss_that_knows_one_type_is_tried_in_it() -> None:
+    matrix = torch.eye(5)
+    with pytest.raises(ObjectiveError, match="mixes tokens"):
+        register_objective("test_one_type", lambda p, v: ((p - v) @ matrix).softmax(-2))
+
+
+def test_what_a_loss_would_not_train_is_refused() -> None:
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+    with pytest.raises(ObjectiveError, match="requires gradients, and gets none"), torch.no_grad():
+        register_objective("test_trained", lambda p, v: scale * (p - v).square())
+
+
+def test_lp_of_2_is_l2_where_an_error_is_zero_too() -> None:
+    one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    found = []
+    for objective in ("l2", {"lp": {"p": 2}}):
+        given = [torch.zeros_like(one).requires_grad_() for _ in range(2)]
+        y, _ = tg.neural_memory("linear", {"w": given[0]}, one, one, given[1], step=one[..., 0] / 10, objective=objective)
+        found.append(torch.autograd.grad(y.sum(), given))
+    assert [x.item() for x in found[0]] == pytest.approx([0.8, 0.2])
+    assert found[0] == found[1]
 
 
 def test_a_loss_for_one_size_is_checked_in_use() -> None:
