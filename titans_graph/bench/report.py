@@ -171,7 +171,7 @@ def serving(python: str, setting: str, tokens: int) -> Iterator[_Layer]:
 
 
 def _peer(sizes: Sizes, python: str) -> list[Figure]:
-    """A whole layer against titans-pytorch's, call by call in turns; see :mod:`titans_graph.bench.layer` for its settings."""
+    """A whole layer against titans-pytorch's, in turns; see :mod:`titans_graph.bench.layer` for its settings."""
     long, short = sizes.tokens, min(1024, sizes.tokens)
     aims = {"per-token": (short, 150.0, 300.0), "per-chunk": (long, 4.0, None), "default-compiled": (long, 1.0, 3.0)}
     figures = []
