@@ -45,10 +45,10 @@ class MemoryState:
     @classmethod
     def initial(cls, weights: Named, momenta: Named | None = None) -> MemoryState:
         """The state before the first token: ``weights`` M_0 and ``momenta`` S_0 (zero where not given)."""
-        _check_named("weights", weights)
+        check_named("weights", weights)
         if momenta is None:
             momenta = {name: torch.zeros_like(w) for name, w in weights.items()}
-        _check_named("momenta", momenta)
+        check_named("momenta", momenta)
         if {n: w.shape for n, w in weights.items()} != {n: s.shape for n, s in momenta.items()}:
             raise UsageError("momenta must have the names and shapes of the weights")
         return cls(dict(weights), dict(momenta), dict(weights))
@@ -194,7 +194,7 @@ def described(
     return net.text(), goal.text(), tuple(net.weights(dim).items())
 
 
-def _check_named(kind: str, named: object) -> None:
+def check_named(kind: str, named: object) -> None:
     """A :class:`UsageError` for what is no mapping of tensors."""
     if not isinstance(named, Mapping):
         raise UsageError(f"{kind} must be a mapping of names to tensors [B, H, *shape], not a {type(named).__name__}")

@@ -87,7 +87,7 @@ def begin(
     *,
     reads: torch.dtype | None = None,
 ) -> Lazy:
-    """An empty ring over weights and momenta as they are; ``reads``: the type of copies to read from (None: there are none)."""
+    """An empty ring over weights and momenta as they are; ``reads`` as in :func:`read_in`."""
     net = parsed(network, "l2")[0]
     lead, like = anchor[0].shape[:2], anchor[0]
     precise = torch.promote_types(like.dtype, torch.float32)
@@ -100,8 +100,17 @@ def begin(
     shares = like.new_zeros(*lead, 2, slots_of(chunk), dtype=precise)
     norms = _norms(net, anchor) if bounded else like.new_zeros(*lead, 0, dtype=precise)
     slot = like.new_zeros(lead[0], dtype=torch.int64)
-    copies = [] if reads in (None, like.dtype) else [x.to(reads) for x in (*anchor, *weights, *momenta)]
-    return Lazy(anchor, weights, momenta, inputs, deltas, shares, _clear(shares.new_zeros(*lead, 3)), slot, norms, copies)
+    state = Lazy(anchor, weights, momenta, inputs, deltas, shares, _clear(shares.new_zeros(*lead, 3)), slot, norms)
+    return read_in(state, reads)
+
+
+def read_in(state: Lazy, reads: torch.dtype | None) -> Lazy:
+    """The state with copies in the type ``reads``, and without any where that is no narrower than the state's own."""
+    wanted = reads if reads is not None and reads.itemsize < state.weights[0].dtype.itemsize else None
+    if wanted == (state.copies[0].dtype if state.copies else None):
+        return state
+    fast = () if wanted is None else (*state.anchor, *state.weights, *state.momenta)
+    return state._replace(copies=[x.to(wanted) for x in fast])
 
 
 def current(network: str | Network, state: Lazy, kernel: str = "portable") -> tuple[list[Tensor], list[Tensor]]:

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from titans_graph.errors import UsageError
 from titans_graph.kernels.memory import check_choices, choose, memory_scan, operand_type
-from titans_graph.kernels.memory_function import Description, Named, check_call, check_tensors, complete_gates, described
+from titans_graph.kernels.memory_function import (
+    Description,
+    Named,
+    check_call,
+    check_named,
+    check_tensors,
+    complete_gates,
+    described,
+)
 from titans_graph.kernels.memory_objectives import Objective
 from titans_graph.kernels.networks import Network
 from titans_graph.kernels.precision import running
@@ -76,13 +84,16 @@ def neural_memory_packed(
 
 def _rows(kind: str, named: Named, count: int) -> dict[str, Tensor]:
     """One start for all sequences, or one for each."""
+    check_named(kind, named)
     if any(w.dim() < 3 or w.shape[0] not in (1, count) for w in named.values()):
         found = {n: list(w.shape) for n, w in named.items()}
         raise UsageError(f"{kind} must begin with one axis of {count} sequences, or of 1 for all of them; got {found}")
     return {n: running(w).expand(count, *w.shape[1:]) for n, w in named.items()}
 
 
-def _check_offsets(offsets: Tensor, q: Tensor) -> None:
+def _check_offsets(offsets: object, q: Tensor) -> None:
+    if not isinstance(offsets, Tensor):
+        raise UsageError(f"cu_seqlens must be a tensor of whole numbers [S + 1], not {offsets!r:.60}")
     if offsets.dim() != 1 or offsets.shape[0] < 2 or offsets.is_floating_point() or offsets.dtype == torch.bool:
         raise UsageError(f"cu_seqlens must be whole numbers [S + 1]; got {offsets.dtype} {list(offsets.shape)}")
     if q.dim() != 4 or q.shape[0] != 1:

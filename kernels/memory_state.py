@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from titans_graph.kernels.memory_lazy import Lazy, begin, current, ready
+from titans_graph.kernels.memory_lazy import Lazy, begin, current, read_in, ready
 
 State = Mapping[str, Tensor]
 
@@ -87,14 +87,16 @@ def stepping(
     a segment its ``opening`` where there is one. ``kernel``: ``triton``, which reads weights in the type ``reads``, or
     ``portable``.
     """
-    copies = reads if kernel == "triton" else None
-    lazy = lazy_of(state, names) or begin(network, chunk, bounded, *listed(state, names), reads=copies)
+    lazy = lazy_of(state, names) or begin(network, chunk, bounded, *listed(state, names))
+    # At every token: the model, or what it is run on, may have changed since the last.
+    lazy = read_in(lazy, reads if kernel == "triton" else None)
     taken = state["ring.taken"].shape[1] if "ring.taken" in state else 0
     places = position.tolist()  # Whole numbers: with tensors the questions below would cost as much as a token.
     fresh = [x.expand_as(w) for x, w in zip(initial, lazy.weights, strict=True)]
     lazy, taken = ready(network, chunk, lazy, taken, places, fresh, kernel)
     count = lazy.slot.new_empty(len(places), taken + 1, dtype=torch.uint8)
-    new = {**state, **named_lazy(names, lazy), "ring.taken": count}
+    kept = {key: x for key, x in state.items() if not key.startswith("copies.")}
+    new = {**kept, **named_lazy(names, lazy), "ring.taken": count}
     if f"opening.{names[0]}" in state and any(place % segment == 0 for place in places):
         opens = (position % segment == 0).to(lazy.ends.device)
         for name, anchor in zip(names, lazy.anchor, strict=True):

@@ -68,6 +68,7 @@ def write(
     reads: torch.dtype | None,
 ) -> list[Tensor]:
     """``[weights.., momenta..]`` of the last token and, where ``reads`` is a type, both again in it; all new."""
+    assert reads != torch.float32  # the type of what is copied
     new = [torch.empty_like(x) for x in (*weights, *momenta)]
     copies = new if reads is None else [torch.empty_like(x, dtype=reads) for x in new]
     count = len(weights)

@@ -111,7 +111,7 @@ def part(state: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """A state as fast weights again, contiguous and in the types of ``like``."""
     if len(like) == 1:
         return [state.to(like[0].dtype)]
-    one, two = state.unbind(2)
+    one, two = state.select(2, 0), state.select(2, 1)  # not unbind, whose results autograd lets nobody change in place
     return [one.to(like[0].dtype).contiguous(), two.mT.to(like[1].dtype).contiguous()]
 
 

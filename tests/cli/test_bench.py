@@ -85,6 +85,16 @@ def other(tmp_path: Path) -> str:
     return str(script)
 
 
+def test_a_turn_is_as_many_calls_as_fill_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.4, 0.7, 1.2, 0.0, 5.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    calls: list[int] = []
+    assert layer.turn(lambda: calls.append(1)) == pytest.approx(0.4)
+    assert len(calls) == 3
+    assert layer.turn(lambda: calls.append(1)) == 5.0
+    assert len(calls) == 4
+
+
 def test_two_layers_take_turns(other: str) -> None:
     with report.serving(other, "per-token", 8) as one, report.serving(other, "ours", 8) as two:
         assert [one.seconds(), two.seconds(), one.seconds()] == [2.5] * 3

@@ -85,6 +85,12 @@ def test_the_gates_that_may_be_left_out_may() -> None:
 
 def test_packed_documents_refuse_the_same() -> None:
     x = torch.zeros(1, 2, 6, 4)
+    step: Any = x[..., 0]
+    for weights in ([1], {"w": 1.0}):
+        with pytest.raises(UsageError, match=r"weights.* must be a"):
+            tg.neural_memory_packed("linear", weights, x, x, x, step=step, cu_seqlens=torch.tensor([0, 6]))  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"cu_seqlens must be a tensor of whole numbers \[S \+ 1\], not \[0, 6\]"):
+        tg.neural_memory_packed("linear", {"w": x}, x, x, x, step=step, cu_seqlens=[0, 6])  # type: ignore[arg-type]
     ends: Any = {"cu_seqlens": torch.tensor([0, 6]), "step": 0.1}
     with pytest.raises(UsageError, match=r"step must be a tensor \[1, 2, 6\]"):
         tg.neural_memory_packed("linear", {"w": torch.zeros(1, 2, 4, 4)}, x, x, x, **ends)

@@ -169,6 +169,7 @@ def test_a_loss_of_the_wrong_shape_is_refused(loss: Any) -> None:
         lambda p, v: (p - v).square() * v.flip(-2),
         lambda p, v: (p - v).square() / p.shape[-2],
         lambda p, v: (p - v).square() / len(p),
+        lambda p, v: (p - v).square() * torch.arange(1, p.shape[-2] + 1)[:, None],
     ],
 )
 def test_a_loss_that_mixes_tokens_is_refused(loss: Any) -> None:
@@ -202,15 +203,29 @@ def test_a_loss_for_one_size_is_tried_at_that_size() -> None:
         b.build()
 
 
-def test_a_loss_that_knows_one_type_is_tried_in_it() -> None:
+def test_a_loss_that_computes_in_float32_is_none_that_mixes() -> None:
+    """Other shapes differ in its last bits, whatever type it gives."""
+    register_objective("test_single", lambda p, v: torch.nn.functional.softplus((p - v).float()).to(p.dtype))
+    for dim in range(1, 70):
+        parse_objective("test_single").check(dim)
+
+
+def test_a_misspelt_loss_says_so() -> None:
+    with pytest.raises(AttributeError, match="nosuch"):
+        register_objective("test_misspelt", lambda p, v: torch.nosuch(p - v))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_loss_that_knows_one_type_is_tried_in_it(mode: Any) -> None:
     matrix = torch.eye(5)
-    with pytest.raises(ObjectiveError, match="mixes tokens"):
+    with pytest.raises(ObjectiveError, match="mixes tokens"), mode():
         register_objective("test_one_type", lambda p, v: ((p - v) @ matrix).softmax(-2))
 
 
-def test_what_a_loss_would_not_train_is_refused() -> None:
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_a_loss_would_not_train_is_refused(mode: Any) -> None:
     scale = torch.ones((), dtype=torch.float64, requires_grad=True)
-    with pytest.raises(ObjectiveError, match="requires gradients, and gets none"), torch.no_grad():
+    with pytest.raises(ObjectiveError, match="requires gradients, and would get none"), mode():
         register_objective("test_trained", lambda p, v: scale * (p - v).square())
 
 

@@ -175,6 +175,21 @@ def test_the_operators_keep_their_promises(network: Any) -> None:
     torch.library.opcheck(triton_op, (case.network, "l2", "after", 16, False, True, True, state, tokens, places))
 
 
+@pytest.mark.parametrize("network", ["linear", {"mlp": {"hidden": 16}}], ids=["linear", "mlp"])
+def test_results_may_be_changed_in_place(network: Any) -> None:
+    """One row of one head, whose tensors need no copy to be contiguous."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.ones(1, 1, 16, 16, device=device, requires_grad=True)
+    start = {n: torch.ones(1, 1, *s, device=device) / 16 for n, s in tg.fast_weights(network, 16).items()}
+    y, state = tg.neural_memory(network, start, x, x, x, step=x[..., 0].detach() / 100, chunk=16, kernel="triton")
+    y += 1
+    for values in (state.weights, state.momenta):
+        for w in values.values():
+            w.mul_(0.5)
+    (grad,) = torch.autograd.grad(y.sum() + state.weights[next(iter(start))].sum(), x)
+    assert grad.isfinite().all()
+
+
 @pytest.mark.compile
 def test_a_compiled_region_has_no_break_and_any_length() -> None:
     """One graph for all lengths of several chunks, the kernels opaque in it."""

@@ -28,13 +28,20 @@ MLP = {"mlp": {"depth": 2, "hidden": 16}}
 
 
 @pytest.fixture
-def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def types() -> set[torch.dtype]:
+    """The types that kernels read weights in."""
+    return set()
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch, types: set[torch.dtype]) -> list[int]:
     """The number of rows of every token that a kernel decoded."""
     counts: list[int] = []
     given = triton_decode_host.decode
 
     def counted(sizes: Any, parameter: float, ring: Any, tokens: Any) -> list[Tensor]:
         counts.append(len(tokens.q))
+        types.update(x.dtype for x in (*ring.anchor, *ring.weights, *ring.momenta))
         return given(sizes, parameter, ring, tokens)
 
     monkeypatch.setattr(triton_decode_host, "decode", counted)
@@ -125,7 +132,7 @@ def test_calls_of_any_lengths_with_documents_and_rows_apart(seed: int, decoded: 
 
 
 @pytest.mark.parametrize("network", ["linear", MLP], ids=["linear", "mlp"])
-def test_a_model_in_half_precision_is_read_from_copies(network: Any, decoded: list[int]) -> None:
+def test_a_model_in_half_precision_is_read_from_copies(network: Any, decoded: list[int], types: set[torch.dtype]) -> None:
     """At every token they are what they copy, also where rows begin documents and chunks apart and the ring is written."""
     fast, truth = pair(torch.float16, network, cap="none", max_step=0.02)
     x = stream(3, 60)
@@ -144,20 +151,38 @@ def test_a_model_in_half_precision_is_read_from_copies(network: Any, decoded: li
             assert torch.equal(held[f"copies.{i}"], held[name].half()), f"{name} at token {t}"
         assert f"copies.{len(names)}" not in held
     assert decoded == [3] * 55
+    assert types == {torch.float16}
     assert apart > 30
     close(torch.cat(answers, 1), read(truth, x.half().double(), [60], None, document)[0], 1e-2)
     assert not [key for key in state.nodes["memory_neural"] if key.startswith("copies")]
 
 
 @pytest.mark.compile
-def test_a_compiled_model_in_half_precision_decodes_from_copies(decoded: list[int]) -> None:
+def test_a_compiled_model_in_half_precision_decodes_from_copies(decoded: list[int], types: set[torch.dtype]) -> None:
     fast, truth = pair(torch.float16, "linear")
     x = stream(2, 20)
     compiled = fast.compile()
     y, _ = read(compiled, x, [1] * 20)
     assert decoded == [2] * 20
+    assert types == {torch.float16}
     close(y, read(truth, x.half().double(), [20])[0], 1e-2)
     assert compiled.report().variants == 1
+
+
+def test_a_stream_whose_model_changes_its_type_reads_what_goes_with_it(decoded: list[int], types: set[torch.dtype]) -> None:
+    """In float32 that is the state itself: what was copied from it is dropped."""
+    fast, truth = pair(torch.float16, "linear")
+    x = stream(2, 34)
+    _, state = read(fast, x, [4, 1, 1])
+    fast.float()
+    single = state.map(lambda t: t.float() if t.is_floating_point() else t)
+    types.clear()
+    y, state = read(fast, x[:, 6:], [1] * 28, single)
+    assert types == {torch.float32}
+    held = state.nodes.held["memory_neural"] if isinstance(state.nodes, Stepping) else {}
+    assert "ring.shares" in held
+    assert not [key for key in held if key.startswith("copies")]
+    close(y, read(truth, x.double(), [34])[0][:, 6:], 1e-2)
 
 
 def test_a_state_of_the_kernels_is_a_value(tmp_path: Path) -> None:
