@@ -127,7 +127,8 @@ def begun(case: Case) -> tuple[tuple[Any, ...], list[Any], list[Tensor]]:
 @pytest.mark.parametrize("network", ["linear", mlp("silu")], ids=["linear", "mlp"])
 def test_the_operators_keep_their_promises(network: Any) -> None:
     form, state, tokens = begun(case_of(network))
-    torch.library.opcheck(decode_op, (*form, *state, tokens))
+    for kind in (torch.float32, torch.float16):
+        torch.library.opcheck(decode_op, (*form, *([x.to(kind) for x in fast] for fast in state[:3]), *state[3:], tokens))
     for reads in (None, torch.float16):
         torch.library.opcheck(write_op, (*state[1:7], reads))
 
