@@ -44,7 +44,10 @@ class MemoryState:
 
     @classmethod
     def initial(cls, weights: Named, momenta: Named | None = None) -> MemoryState:
-        """The state before the first token: ``weights`` M_0 and ``momenta`` S_0 (zero where not given)."""
+        """The state before the first token: ``weights`` M_0, ``{name: [B, H, *shape]}``, and ``momenta`` S_0 (else zero).
+
+        Raises :class:`UsageError` for what is no mapping of tensors, and for momenta of other names or shapes.
+        """
         check_named("weights", weights)
         if momenta is None:
             momenta = {name: torch.zeros_like(w) for name, w in weights.items()}

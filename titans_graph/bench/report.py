@@ -132,14 +132,14 @@ def _decode(case: Case, sizes: Sizes) -> list[Figure]:
 
 
 class _Layer:
-    """A layer in a process of its own, which waits until it is asked for the time of one call."""
+    """A layer in a process of its own, which waits until it is asked to take a turn."""
 
     def __init__(self, command: list[str], process: subprocess.Popen[str], errors: IO[str]) -> None:
         self._command, self._process, self._errors = command, process, errors
         self.bytes = float(json.loads(self._line())["bytes"])
 
     def seconds(self) -> float:
-        """The time of one call."""
+        """The mean time of a call, of one turn."""
         assert self._process.stdin is not None
         with suppress(OSError):  # The process is gone, as the empty answer will tell.
             self._process.stdin.write("\n")
