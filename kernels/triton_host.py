@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, empty_like
 
-from titans_graph.kernels.triton_config import Sizes
+from titans_graph.kernels.triton_config import Sizes, config
 from titans_graph.kernels.triton_gates import gates_backward_kernel, gates_kernel
 from titans_graph.kernels.triton_plan import Plan
 
@@ -65,9 +65,10 @@ def gates(plan: Plan, sizes: Sizes, tokens: Tokens) -> Gates:
     mix = tokens.q.new_empty(count, heads, c, c)
     vectors, ends = step.new_empty(count, heads, 4, c), step.new_empty(count, heads, 4)
     if count and heads:
+        chosen = config("gates", sizes)
         gates_kernel[count, heads](
             step, tokens.log_momentum, tokens.log_keep, plan.valid, plan.sequences, plan.chunks, mix, vectors, ends,
-            plan.stride, heads, C=c, SHIFT=sizes.read == "before",
+            plan.stride, heads, C=c, SHIFT=sizes.read == "before", num_warps=chosen.num_warps, num_stages=chosen.num_stages,
         )  # fmt: skip
     return Gates(mix, vectors, ends)
 
@@ -81,8 +82,10 @@ def gates_backward(
     rows = step.new_empty(count, heads, 2, c, c)
     d_step, d_log_momentum, d_log_keep = (empty_like(x) for x in tokens[3:])
     if count and heads:
+        chosen = config("gates_backward", sizes)
         gates_backward_kernel[count, heads](
             step, tokens.log_momentum, tokens.log_keep, plan.valid, plan.sequences, plan.chunks, scale, d_mix, d_vectors,
             d_ends, rows, d_step, d_log_momentum, d_log_keep, plan.stride, heads, C=c, SHIFT=sizes.read == "before",
+            num_warps=chosen.num_warps, num_stages=chosen.num_stages,
         )  # fmt: skip
     return d_step, d_log_momentum, d_log_keep

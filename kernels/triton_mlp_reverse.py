@@ -300,14 +300,14 @@ def mlp_key_backward_kernel(
     kept = tl.zeros([D, TILE], tl.float32)
     pushed = tl.zeros([D, TILE], tl.float32)
     ended = tl.zeros([D, TILE], tl.float32)
-    for j in range(0, 2 * HIDDEN, TILE):
-        # Layer 2 lies behind layer 1.
-        place = now + tile + (j // HIDDEN) * (D * HIDDEN) + j % HIDDEN
-        into = tl.load(carried_m + place).to(tl.float32)
-        momenta = tl.load(s_states + place).to(tl.float32)
-        kept += into * tl.load(m_states + place)
-        pushed += into * momenta
-        ended += tl.load(carried_s + place) * momenta
+    for layer in tl.static_range(2):
+        for j in range(0, HIDDEN, TILE):
+            place = now + tile + layer * D * HIDDEN + j
+            into = tl.load(carried_m + place).to(tl.float32)
+            momenta = tl.load(s_states + place).to(tl.float32)
+            kept += into * tl.load(m_states + place)
+            pushed += into * momenta
+            ended += tl.load(carried_s + place) * momenta
     tl.store(d_ends + at * 4, tl.sum(kept))
     tl.store(d_ends + at * 4 + 1, tl.sum(pushed))
     tl.store(d_ends + at * 4 + 2, tl.sum(ended))

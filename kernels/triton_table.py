@@ -61,6 +61,13 @@ MLP: tuple[Rule, ...] = (
     Rule("mlp_read", "sm_80", {"dim": 128}, {"num_warps": 8}),
     Rule("mlp_read", "sm_90", {"dim": 128}, {"num_warps": 8}),
     Rule("mlp_recall", "sm_80", {"dim": 128}, {"num_warps": 8}),
+    # Every tile computes the likeness of queries and keys anew: half as many tiles are 29 % less instructions.
+    *(
+        Rule(kernel, arch, {"dim": 64, "chunk": 64, "dtype": dtype}, {"tile": 64})
+        for kernel in ("mlp_recall", "mlp_answer_backward")
+        for arch in ("sm_90", "sm_100")
+        for dtype in ("bf16", "fp16")
+    ),
     Rule("mlp_query_backward", "sm_100", {"dim": 128}, {"num_warps": 8, "num_stages": 1}),
     Rule("mlp_query_backward", sizes={"dim": 128}, config={"num_warps": 8}),
     # Triton 3.6 cannot pipeline this kernel's resumed form (its pass fails), and unpipelined only a small tile spills nothing.
@@ -81,7 +88,15 @@ DECODE: tuple[Rule, ...] = (
 )
 """One token at a time."""
 
+GATES: tuple[Rule, ...] = (
+    # A row of 64 numbers is little for one warp: with four, three do again what the first does, and wait for it.
+    Rule("gates", config={"num_warps": 1}),
+    Rule("gates_backward", config={"num_warps": 1}),
+)
+"""The mixing matrix and its adjoint."""
+
 TABLE: tuple[Rule, ...] = (
+    *GATES,
     *LINEAR,
     *MLP,
     *DECODE,
