@@ -5,6 +5,7 @@
 #                         several GB of CUDA packages, which a machine without an NVIDIA GPU does not need
 #   WORKERS=2             test processes; each uses one thread
 #   TEST_SECONDS=3000     `make test` is stopped after that long
+#   GPU=sm_80             the GPU that `make emulate` emulates
 #   ARGS="-k memory"      more arguments for pytest, or for the demo
 
 PYTHON ?= python3
@@ -12,17 +13,19 @@ TORCH_INDEX ?=
 WORKERS ?= 2
 TEST_SECONDS ?= 3000
 ARGS ?=
+GPU ?= sm_90
 
 BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq -c constraints.txt
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -q
+ON_GPU := $(foreach name,memory linear decode stepping,tests/kernels/test_triton_$(name).py)
 PARALLEL := -n $(WORKERS) --dist worksteal
 BOUND := $(shell command -v timeout >/dev/null 2>&1 && echo "timeout --foreground -k 30 $(TEST_SECONDS)")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check nightly coverage format golden docs clean
+.PHONY: help setup demo test emulate check nightly coverage format golden docs clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is one of"
@@ -44,6 +47,9 @@ check: $(STAMP) ## format, lint and types: what CI checks
 	$(BIN)/ruff check . || bad=1; \
 	$(BIN)/mypy --strict || bad=1; \
 	exit $$bad
+
+emulate: $(STAMP) ## the Triton kernels' tests as compiled for a GPU, on an emulated one (GPU=sm_90 or sm_80)
+	@EMULATED_GPU=$(GPU) $(PYTEST) -p tests.emulator.plugin $(PARALLEL) tests/emulator/on_gpu_*.py $(ON_GPU) $(ARGS)
 
 nightly: $(STAMP) ## every test, with many more examples: hours (docs/reliability.md)
 	@echo "All tests with the hypothesis profile 'nightly': this takes hours, see docs/reliability.md"

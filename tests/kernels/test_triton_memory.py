@@ -18,7 +18,7 @@ from titans_graph.errors import UsageError
 from titans_graph.kernels import triton_memory
 from titans_graph.kernels.memory import _tell, choose, memory_scan
 from titans_graph.kernels.networks import parse_network
-from titans_graph.kernels.triton_config import Availability, available
+from titans_graph.kernels.triton_config import Availability, available, interpreted
 from titans_graph.kernels.triton_host import kept_limit
 from titans_graph.kernels.triton_memory import join, triton_op
 from titans_graph.spec import read_text
@@ -133,9 +133,11 @@ def test_rows_that_begin_with_a_chunk(name: str) -> None:
 
 
 def test_keys_of_128() -> None:
-    """Larger than the parts in which the reverse scan takes the states' cotangents."""
+    """Larger than the parts in which the reverse scan takes the states' cotangents; no chip has the memory for fp32."""
     case = tame(SILU, **SMALL | {"dim": 128})
-    assert_near(spread(case, (0, 5), (32, 29), restart=1))
+    rounded = case.tokens | {n: case.tokens[n].half().double() for n in "qkv"}
+    dtype = torch.float32 if interpreted() else torch.float16
+    assert_near(spread(case._replace(tokens=rounded), (0, 5), (32, 29), restart=1), dtype)
 
 
 @pytest.mark.parametrize("name", ["bounded", "huber", "linear"])
