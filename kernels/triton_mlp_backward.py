@@ -243,15 +243,15 @@ def mlp_query_backward_kernel(
     d_vectors,
     stride,
     heads,
+    total,
     C: tl.constexpr,
     D: tl.constexpr,
     HIDDEN: tl.constexpr,
     TILE: tl.constexpr,
-    TILES: tl.constexpr,
 ):
     """Through layer 1: of queries, of keys by way of reading, and of W (added to layer 2's), a0 and f.
 
-    ``d_z``: what ``mlp_answer_backward_kernel`` left in ``x_slope``; ``shares`` has ``TILES`` parts.
+    ``d_z``: what ``mlp_answer_backward_kernel`` left in ``x_slope``; ``shares`` has ``total`` parts.
     """
     n, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     number, _, first, where, length = sequence_place(sequences, chunks, n, h, stride, C)
@@ -278,8 +278,8 @@ def mlp_query_backward_kernel(
     keys = tl.load(k + first * D + tokens, mask=ok[:, None], other=0.0)
     d_decay = tl.sum(queries * from_m, 1)
     d_push = tl.sum(queries * from_s, 1)
-    for part in range(TILES):
-        share = shares + (at * TILES + part) * 2 * C + i
+    for part in range(total):
+        share = shares + (at * total + part) * 2 * C + i
         d_decay += tl.load(share)
         d_push += tl.load(share + C)
     tl.store(d_vectors + at * 4 * C + i, d_decay)

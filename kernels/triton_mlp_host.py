@@ -137,7 +137,7 @@ def backward(
         )  # fmt: skip
         launch(
             "mlp_query_backward", mlp_query_backward_kernel, grid, sizes, q, k, *tables, g.mix, g.vectors, *states,
-            saved.scale, one, x_slope, shares, d_q, d_k, d_mix, d_vectors, plan.stride, heads, **common, TILES=tiles,
+            saved.scale, one, x_slope, shares, d_q, d_k, d_mix, d_vectors, plan.stride, heads, tiles, **common,
         )  # fmt: skip
     else:
         launch(
@@ -174,7 +174,7 @@ _OPERANDS = {
     *("d_q", "d_k", "d_v", "d_y", "d_mix", "d_delta_one", "d_delta_two", "d_hidden", "d_z", "carried_m", "carried_s"),
     *("hidden", "slope", "delta_one", "bend", "x", "x_slope", "first_part", "pairs"),
 }
-_TABLES = {"valid": "*i8", "sequences": "*i64", "chunks": "*i32", "stride": "i32", "heads": "i32"}
+_TABLES = {"valid": "*i8", "sequences": "*i64", "chunks": "*i32", "stride": "i32", "heads": "i32", "total": "i32"}
 
 
 def _describe(kernel: Any, sizes: Sizes, chosen: Config) -> Description:
@@ -191,7 +191,6 @@ def _describe(kernel: Any, sizes: Sizes, chosen: Config) -> Description:
         "RESUMED": sizes.resumed,
         "MIXED": sizes.read != "chunk",
         "SHIFT": sizes.read == "before",
-        "TILES": sizes.hidden // tile_of(sizes, config("mlp_answer_backward", sizes)) if sizes.hidden else 1,
     }
     names = list(kernel.arg_names)
     # In the adjoint of reading these are written chunk by chunk; in the reverse scan they are the running fp32 ones.

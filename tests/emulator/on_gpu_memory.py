@@ -41,7 +41,7 @@ def test_half_precision_at_full_size(name: str, resumed: bool) -> None:
     found = {
         "y": errors[0],
         "final states": max(errors[1 : 1 + n]),
-        "initial states": max(errors[1 + n : 1 + 2 * n]),
+        "initial states": max(errors[1 + n : -6]),
         "q k v": max(errors[-6:-3]),
         "gates": max(errors[-3:]),
     }
