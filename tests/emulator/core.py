@@ -58,6 +58,8 @@ class Core:
         """After a program's last instruction."""
         if any(self.products):
             raise EmulationError("a matrix product was never waited for")
+        if any(self.copies):
+            raise EmulationError("an asynchronous copy was never waited for")
 
     def barrier(self) -> None:
         """All threads wait for each other."""
@@ -80,6 +82,11 @@ class Core:
     def refuse(self, site: int) -> None:
         """An instruction that all threads of a warp must run together."""
         raise EmulationError(f"{self.clock.place(site)}: threads that parted run what needs all of them")
+
+    def meet(self) -> None:
+        """The lanes of every warp wait for each other."""
+        if self.threads == WARP:
+            self.clock.epoch += 1
 
     def same(self, predicate: Any, site: int) -> bool:
         """A predicate that must be the same for all threads."""
@@ -213,3 +220,4 @@ class Core:
         while len(self.products) - 1 > left:
             for cells in self.products.pop(0):
                 np.subtract.at(self.memory.multiplied, cells, 1)
+                self.memory.note_use(cells)

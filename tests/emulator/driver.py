@@ -18,7 +18,7 @@ from triton.runtime import driver as active_driver
 
 from tests.emulator.core import WARP, Core
 from tests.emulator.memory import Clock, Memory, Space, host_bytes
-from tests.emulator.program import Program, parse
+from tests.emulator.program import EmulationError, Program, parse
 from tests.emulator.translate import Function, translate
 
 SHARED = {80: 166_912, 90: 232_448}
@@ -41,7 +41,10 @@ def launch(ptx: str, grid: tuple[int, int, int], shared: int, arguments: list[tu
     """
     program, function = _translated(ptx)
     tid = np.arange(program.threads, dtype=np.uint32)
-    clock = Clock((tid // WARP).astype(np.int32), places=[i.place for i in program.instructions()])
+    # Nothing orders the lanes of a warp either; where there is one warp, they are watched in its place.
+    clock = Clock(
+        (tid // WARP if program.threads > WARP else tid).astype(np.int32), places=[i.place for i in program.instructions()]
+    )
     pointers = [(f"argument {n}", x) for n, (kind, x) in enumerate(arguments) if kind.startswith("*")]
     memory = Space("shared memory", np.zeros(shared, np.uint8), clock, shared=True)
     core = Core(clock, Memory(_spaces(pointers, clock), clock), memory, [0] * len(program.blocks))
@@ -61,6 +64,8 @@ def _spaces(pointers: list[tuple[str, Any]], clock: Clock) -> Iterator[tuple[int
     """The bytes of all tensors; those that overlap are one space."""
     spans: list[tuple[int, int, str]] = []
     for name, x in pointers:
+        if isinstance(x, torch.Tensor) and x.device.type != "cpu":
+            raise EmulationError(f"{name} lies on {x.device}, an emulated GPU has this process' memory")
         if isinstance(x, torch.Tensor) and x.numel():
             last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
             spans.append((x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size(), name))
@@ -72,7 +77,9 @@ def _spaces(pointers: list[tuple[str, Any]], clock: Clock) -> Iterator[tuple[int
         else:
             joined.append((begin, end, name))
     for begin, end, name in joined:
-        yield begin, Space(name, host_bytes(begin, end - begin), clock, shared=False)
+        # From a boundary on, so that numbers of any size stand at multiples of it.
+        start = begin - begin % 16
+        yield start, Space(name, host_bytes(start, end - start), clock, shared=False)
 
 
 def _bits(kind: str, x: Any) -> Any:

@@ -31,7 +31,10 @@ UNSIGNED: dict[int, np.dtype[Any]] = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: n
 
 @dataclass
 class Clock:
-    """Where a launch is: the ``program`` that runs (from 1), the ``epoch`` (from 1, never reset), the place in the source."""
+    """Where a launch is: the ``program`` that runs, the ``epoch`` (both from 1; epochs go on through all programs).
+
+    ``warps``: of every thread, or its lane where a program is one warp; ``places`` of the instructions in the source.
+    """
 
     warps: Array
     program: int = 0
@@ -96,7 +99,8 @@ class Space:
         view = self._views[values.itemsize]
         view[where] = values
         if not np.array_equal(view[where], values):
-            places = touch.warps.astype(np.int64)[:, None] * len(view) + where
+            warps = touch.warps if len(self.clock.warps) > self.clock.warps.max() + 1 else touch.warps * 0
+            places = warps.astype(np.int64)[:, None] * len(view) + where
             _, last = np.unique(places.ravel()[::-1], return_index=True)
             wins = np.zeros(places.size, bool)
             wins[places.size - 1 - last] = True
@@ -122,6 +126,10 @@ class Space:
         self._read[cells] = clock.epoch
         others = (self._read_program[cells] > 0) & (self._read_program[cells] != clock.program)
         self._read_program[cells] = np.where(others, MANY, clock.program)
+
+    def note_use(self, cells: Array) -> None:
+        """Remember that all warps may have read cells until now."""
+        self._read[cells], self._reader[cells] = self.clock.epoch, MANY
 
     def note_write(self, touch: Touch, changed: Array | None = None, *, fenced: bool = False) -> None:
         """Check and remember a write; ``changed`` ``[threads, cells]``: where it changes anything (None: everywhere).

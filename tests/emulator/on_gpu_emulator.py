@@ -9,13 +9,16 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
 
 import titans_graph as tg
+from tests.emulator.core import Core
 from tests.emulator.driver import launch
+from tests.emulator.memory import Clock, Memory, Space
 from tests.emulator.program import EmulationError
 from titans_graph.kernels import triton_mlp, triton_mlp_host
 
@@ -72,8 +75,10 @@ def test_what_other_warps_wrote_is_read_after_a_barrier() -> None:
     assert torch.equal(y, 2 * x.flip(0))
     with pytest.raises(EmulationError, match=r"on_gpu_emulator\.py:\d+: .* without a barrier"):
         turn_kernel[1,](x, y, room, 256, False)
-    # One warp needs none.
-    turn_kernel[1,](x, y, room, 256, False, num_warps=1)
+    # Nothing orders the lanes of one warp either.
+    with pytest.raises(EmulationError, match="without a barrier"):
+        turn_kernel[1,](x, y, room, 256, False, num_warps=1)
+    turn_kernel[1,](x, y, room, 256, True, num_warps=1)
 
 
 @triton.jit
@@ -114,12 +119,58 @@ PTX = """
         ("st.shared.b32 [global_smem+4], %tid.x", "two warps write different numbers to one place in one store"),
         ("cp.async.ca.shared.global [global_smem+0], [%rd1+0], 0x4, 0x4;\n ld.shared.b32 %r1, [global_smem]", "under way"),
         ("bar.sync 1, 32", "source.py:7: bar.sync"),
+        ("bar.arrive 0, 64", "source.py:7: bar.arrive"),
+        ("mov.u32 %r1, %laneid", "source.py:7: mov.u32"),
+        ("fma.rn.bf16x2 %r1, %r2, %r3, %r4", "source.py:7: fma.rn.bf16x2"),
+        ("cvt.rmi.f32.f32 %r1, %r2", "source.py:7: cvt.rmi.f32.f32"),
         ("vote.sync.any.pred %p1, %p2, 0xffffffff", "source.py:7: vote.sync.any.pred"),
     ],
 )
 def test_what_a_gpu_forbids_and_what_is_not_emulated(instruction: str, message: str) -> None:
     with pytest.raises(EmulationError, match=re.escape(message)):
         launch(PTX.replace("INSTRUCTION", instruction), (1, 1, 1), 32, [("*fp32", torch.zeros(256))])
+
+
+def eight_warps() -> Core:
+    """A program at its beginning, its shared memory zero."""
+    clock = Clock((np.arange(256) // 32).astype(np.int32), places=["here"])
+    core = Core(clock, Memory([], clock), Space("shared memory", np.zeros(16384, np.uint8), clock, shared=True), [0])
+    core.begin()
+    core.memory.data[:] = 0
+    return core
+
+
+def multiply(core: Core) -> None:
+    """A product of two operands in shared memory, in rows of 128 bytes."""
+    where = np.uint64(1 << 16 | 64 << 32 | 1 << 62)
+    core.group_multiply(where, where, [np.zeros(256, np.uint32)] * 4, 8, True, (False, False), "bf16", 0)
+    core.commit_products()
+
+
+def write(core: Core) -> None:
+    """Warp 0 writes to where the operands are."""
+    core.shared.store(np.arange(256) * 4, 4, [np.full(256, 7, np.uint32)], np.arange(256) < 32, 0)
+
+
+def test_a_product_and_its_operands() -> None:
+    """They stay until every group has waited for its own product and all have met."""
+    core = eight_warps()
+    multiply(core)
+    core.barrier()
+    with pytest.raises(EmulationError, match="a matrix product still uses it"):
+        write(core)
+    core.wait_products(0)
+    with pytest.raises(EmulationError, match="without a barrier"):
+        write(core)
+    core.barrier()
+    write(core)
+    core.barrier()
+    with pytest.raises(EmulationError, match="without a fence"):
+        multiply(core)
+    core.fence()
+    multiply(core)
+    with pytest.raises(EmulationError, match="never waited for"):
+        core.end()
 
 
 @triton.jit

@@ -10,6 +10,8 @@ from functools import lru_cache
 
 # Before triton is imported.
 os.environ["TRITON_INTERPRET"] = "0"
+# Before torch looks: tensors must lie in this process, also where there is a GPU.
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = ""
 
 import torch
 

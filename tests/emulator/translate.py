@@ -22,6 +22,9 @@ WIDTH = {"pred": 0, **{f"{kind}{bits}": bits for kind in "busf" for bits in (8, 
 
 COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
 
+PLAIN = ("add", "sub", "mul", "mad", "fma", "min", "max", "neg", "ex2", "tanh")
+"""What is not emulated of bf16 or of pairs."""
+
 TOGETHER = ("bar", "barrier", "shfl", "ldmatrix", "stmatrix", "mma", "wgmma", "cp", "fence", "elect")
 """What parted threads cannot run."""
 
@@ -94,6 +97,8 @@ class _Writer:
             if i.op[0] in TOGETHER:
                 return [f"core.refuse({self.site})"]
             guard = f"({active} & {guard})" if guard else active
+        if i.op[0] in PLAIN and i.op[-1].startswith(("bf16", "f16x2")):
+            raise EmulationError(f"{i.place}: {'.'.join(i.op)} is not emulated")
         try:
             line = getattr(self, f"_{i.op[0]}", self._plain)(i, guard)
         except (KeyError, IndexError, AttributeError, ValueError) as error:
@@ -122,7 +127,7 @@ class _Writer:
             text = SPECIAL[operand]
         elif operand == "global_smem":
             text = f"u{max(WIDTH[kind], 32) // 8}(0)"
-        elif re.match(r"%?[a-z_]+\w*$", operand) and not re.match(r"0[xfd]", operand):
+        elif re.match(r"%[a-z]+\d+$|[a-z_]\w*$", operand) and not re.match(r"0[xfd]", operand):
             text = self.name(operand)
         else:
             text = self.constant(operand, WIDTH[kind])
@@ -153,7 +158,7 @@ class _Writer:
         """``[register + offset]``."""
         place, _, offset = str(operand).strip("[]").partition("+")
         base = self.value(place.strip(), "b64")
-        return f"{base} + {base}.dtype.type({int(offset, 0)})" if offset.strip(" 0") else base
+        return f"{base} + np.int64({int(offset, 0)}).astype({base}.dtype)" if offset.strip(" 0") else base
 
     def many(self, operand: Any, kind: str) -> str:
         """A group of registers as a tuple of values."""
@@ -202,6 +207,8 @@ class _Writer:
         return self.result(i.operands[0], f"{product} + {self.value(i.operands[3], wide)}", wide, guard)
 
     def _fma(self, i: Instruction, guard: str) -> str:
+        if i.op[-1] != "f32":
+            raise ValueError(i.op[-1])
         return self.result(i.operands[0], f"fma({', '.join(self.value(x, 'f32') for x in i.operands[1:])})", "f32", guard)
 
     def _div(self, i: Instruction, guard: str) -> str:
@@ -268,6 +275,8 @@ class _Writer:
 
     def _cvt(self, i: Instruction, guard: str) -> str:
         target, source = i.op[-2:]
+        if set(i.op[1:-2]) - {"rn", "rni", "rzi"} or source == target:
+            raise ValueError("a way to round")
         if target in ("bf16x2", "f16x2"):
             top, low = (f"to_{target[:-2]}({self.value(x, 'f32')})" for x in i.operands[1:])
             return self.result(i.operands[0], f"pair({top}, {low})", "b32", guard)
@@ -315,23 +324,27 @@ class _Writer:
     def _cp(self, i: Instruction, guard: str) -> str:
         if i.op[2] == "commit_group":
             return "core.commit()"
-        if i.op[2] in ("wait_group", "wait_all"):
-            return f"core.wait({int(str(i.operands[0])) if i.operands else 0})"
+        if i.op[2] == "wait_group":
+            return f"core.wait({int(str(i.operands[0]))})"
         target, source, size, *taken = i.operands
         count = self.value(taken[0], "u32") if taken else self.constant(str(size), 32)
         places = f"{self.address(target)}, {self.address(source)}"
         return f"core.copy({places}, {int(str(size), 0)}, {count}, {guard or None}, {self.site})"
 
     def _bar(self, i: Instruction, guard: str) -> str:
-        if guard or (i.op[1] == "sync" and i.operands != ("0",)):
+        if i.op[1] == "warp":
+            return "core.meet()"
+        if guard or i.op[1] != "sync" or i.operands != ("0",):
             raise ValueError("a barrier of some threads")
-        return "pass" if i.op[1] == "warp" else "core.barrier()"
+        return "core.barrier()"
 
     def _barrier(self, i: Instruction, guard: str) -> str:
         return self._bar(i, guard)
 
     def _fence(self, i: Instruction, guard: str) -> str:
-        return "core.fence()" if i.op[1] == "proxy" else "pass"
+        if guard:
+            raise ValueError("a fence of some threads")
+        return "core.fence()" if i.op[1:3] == ("proxy", "async") else "pass"
 
     def _shfl(self, i: Instruction, guard: str) -> str:
         _, _, kind, _ = i.op
