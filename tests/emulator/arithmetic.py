@@ -36,7 +36,7 @@ def halves(words: Any, kind: str, threads: int) -> Any:
 
 
 def fma(a: Any, b: Any, c: Any) -> Any:
-    """``a b + c`` of fp32 numbers, rounded once (the product is exact in fp64)."""
+    """``a b + c`` of fp32 numbers, the product exact; the sum is rounded in fp64 first, which seldom shows."""
     return (np.asarray(a, f8) * b + c).astype(f4)
 
 

@@ -120,8 +120,8 @@ class Space:
             raise self.error("read without a barrier after another warp's write", touch, raced)
         again = self._read[cells] == clock.epoch
         kept = np.where(again & (self._reader[cells] != warps), MANY, np.broadcast_to(warps, cells.shape))
-        # Lanes of different warps may read one cell in one instruction.
         self._reader[cells] = MANY if everyone else kept
+        # Threads of different warps may read one cell in one instruction, of which the last was remembered.
         self._reader[cells[self._reader[cells] != kept]] = MANY
         self._read[cells] = clock.epoch
         others = (self._read_program[cells] > 0) & (self._read_program[cells] != clock.program)

@@ -1,7 +1,8 @@
 """A kernel's PTX as a Python function on arrays, one statement an instruction, all threads of a program at once.
 
 A register is an array ``[threads]`` of unsigned integers of its width (predicates: booleans) or one number where all threads
-hold the same; arithmetic reads the bits as the instruction's type says. Threads branch together.
+hold the same; arithmetic reads the bits as the instruction's type says. Where threads part at a branch, each block runs for
+those who are there.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ WIDTH = {"pred": 0, **{f"{kind}{bits}": bits for kind in "busf" for bits in (8, 
 
 COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "lo": "<", "ls": "<=", "hi": ">", "hs": ">="}
 
-PLAIN = ("add", "sub", "mul", "mad", "fma", "min", "max", "neg", "ex2", "tanh")
-"""What is not emulated of bf16 or of pairs."""
+ONLY_SINGLE = ("add", "sub", "mul", "mad", "fma", "min", "max", "neg", "ex2", "tanh")
+"""Arithmetic that is emulated of single numbers, and not of bf16."""
 
 TOGETHER = ("bar", "barrier", "shfl", "ldmatrix", "stmatrix", "mma", "wgmma", "cp", "fence", "elect")
 """What parted threads cannot run."""
@@ -97,7 +98,7 @@ class _Writer:
             if i.op[0] in TOGETHER:
                 return [f"core.refuse({self.site})"]
             guard = f"({active} & {guard})" if guard else active
-        if i.op[0] in PLAIN and i.op[-1].startswith(("bf16", "f16x2")):
+        if i.op[0] in ONLY_SINGLE and i.op[-1].startswith(("bf16", "f16x2")):
             raise EmulationError(f"{i.place}: {'.'.join(i.op)} is not emulated")
         try:
             line = getattr(self, f"_{i.op[0]}", self._plain)(i, guard)
@@ -127,7 +128,7 @@ class _Writer:
             text = SPECIAL[operand]
         elif operand == "global_smem":
             text = f"u{max(WIDTH[kind], 32) // 8}(0)"
-        elif re.match(r"%[a-z]+\d+$|[a-z_]\w*$", operand) and not re.match(r"0[xfd]", operand):
+        elif re.match(r"%[a-z]+\d+$|[a-z_]\w*$", operand):
             text = self.name(operand)
         else:
             text = self.constant(operand, WIDTH[kind])
@@ -249,6 +250,8 @@ class _Writer:
         if kind in ("f16x2", "bf16x2"):
             a, b = (f"halves({self.value(x, 'b32')}, '{kind[:-2]}', len(tid))" for x in i.operands[1:])
             return self.results(tuple(str(i.operands[0]).split("|")), f"({a} {COMPARE[compare]} {b}).T", guard)
+        if kind in ("bf16", "f16", "f64"):
+            raise ValueError(kind)
         a, b = (self.value(x, kind) for x in i.operands[1:])
         text = f"{a} {COMPARE[compare[:2] if unordered else compare]} {b}"
         if unordered:
