@@ -1,0 +1,180 @@
+"""The C++ function of a recorded program: all of its steps for one row after the other, in a small work space.
+
+A row's values (1 MB for the backward of a chunk of 64 tokens at 64 -> 256 -> 64) stay in the processor's second cache from
+step to step, where whole operations on all rows would send each value to the third and back; and a step costs the call of a
+function, not the dispatch and the allocations of an operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from titans_graph.kernels.native_program import Call, Program, RunningSum, Step, Sum, Unsupported, Value
+
+C_TYPES = {torch.float32: "float", torch.float64: "double", torch.bool: "bool", torch.int64: "int64_t"}
+
+LINE = 64
+"""Bytes of a cache line: where every value begins."""
+
+PREFIX = "#include <torch/csrc/inductor/cpp_prefix.h>"
+HEAD = 'extern "C"  void  kernel('
+
+
+class Source(NamedTuple):
+    """``text`` of a C++ file, ``space``: bytes of work space a thread, ``results``: shapes of a row and names of types."""
+
+    text: str
+    space: int
+    results: list[tuple[list[int], str]]
+
+
+@cache
+def header() -> str:
+    """The C++ text of the products."""
+    return Path(__file__).with_name("native_products.h").read_text().replace("#pragma once\n", "")
+
+
+def source_of(program: Program) -> Source:
+    """The function ``run(arguments, results, rows, threads, space, bytes a thread)`` of a program recorded for one row."""
+    writer = _Writer(program)
+    loop = "\n".join(f"    {line}" for step in program.steps for line in writer.step(step))
+    copies = "\n".join(f"    {line}" for line in writer.copies())
+    text = f"""{PREFIX}
+#include <cstring>
+{header()}
+{writer.kernels()}
+extern "C" void run(const void* const* in, void* const* out, int64_t rows, int64_t threads, char* spaces, int64_t bytes) {{
+  using namespace titans_graph;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t r = 0; r < rows; r++) {{
+    char* space = spaces + omp_get_thread_num() * bytes;
+{loop}
+{copies}
+  }}
+}}
+"""
+    results = [(list(v.size[1:]), C_TYPES[v.dtype]) for v in program.results]
+    return Source(text, writer.top + writer.scratch, results)
+
+
+class _Writer:
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        # Where a result has a storage of its own it is written in place; a result that is part of another is copied.
+        self.placed: dict[int, int] = {}
+        for number, v in enumerate(program.results):
+            whole = v.offset == 0 and prod(v.size) == program.slots[v.slot][0] and v.slot >= program.arguments
+            if not v.dense or v.size[0] != 1:
+                raise Unsupported("a result with gaps")
+            if whole and v.slot not in self.placed:
+                self.placed[v.slot] = number
+        self.at, self.top = self._plan()
+        self.scratch = max((self._transposed(step) for step in program.steps if isinstance(step, Sum)), default=0)
+
+    def _plan(self) -> tuple[dict[int, int], int]:
+        """Where in the work space every storage lies, from its first step to its last, and how long the space is."""
+        first: dict[int, int] = {}
+        last: dict[int, int] = {}
+        for time, step in enumerate(self.program.steps):
+            for v in step.values:
+                first.setdefault(v.slot, time)
+                last[v.slot] = time
+        last.update({v.slot: len(self.program.steps) for v in self.program.results})
+        at: dict[int, int] = {}
+        for slot in sorted(first, key=lambda s: (first[s], s)):
+            if slot >= self.program.arguments and slot not in self.placed:
+                alive = sorted((at[s], self._bytes(s)) for s in at if last[s] >= first[slot])
+                at[slot] = _gap(alive, self._bytes(slot))
+        return at, max((at[s] + self._bytes(s) for s in at), default=0)
+
+    def _bytes(self, slot: int) -> int:
+        """Whole cache lines and one more, so that storages of the same round size do not share the sets of a cache."""
+        count, dtype = self.program.slots[slot]
+        return _lines(count * dtype.itemsize) + LINE
+
+    def _transposed(self, step: Sum) -> int:
+        """Bytes that a sum needs for what it transposes."""
+        return sum(_lines(prod(v.size) * v.dtype.itemsize) for v in step.right if _by_columns(v))
+
+    def kernels(self) -> str:
+        """Inductor's kernels as functions with numbers."""
+        texts = []
+        for number, text in enumerate(self.program.kernels):
+            if text.count(HEAD) != 1:
+                raise Unsupported("a kernel that begins in another way")
+            texts.append(text.replace(PREFIX, "").replace(HEAD, f"static void kernel_{number}("))
+        return "\n".join(texts)
+
+    def pointer(self, v: Value) -> str:
+        """The address of a value's first entry in row ``r``."""
+        kind, count = C_TYPES[v.dtype], self.program.slots[v.slot][0]
+        if v.slot < self.program.arguments:
+            return f"static_cast<const {kind}*>(in[{v.slot}]) + r * {count} + {v.offset}"
+        if v.slot in self.placed:
+            return f"static_cast<{kind}*>(out[{self.placed[v.slot]}]) + r * {count} + {v.offset}"
+        return f"reinterpret_cast<{kind}*>(space + {self.at[v.slot]}) + {v.offset}"
+
+    def step(self, step: Step) -> Iterator[str]:
+        """The statements of one step."""
+        match step:
+            case Call(kernel, values):
+                yield f"kernel_{kernel}({', '.join(map(self.pointer, values))});"
+            case Sum(_, _, signs, out):
+                kind = C_TYPES[out.dtype]
+                terms = ", ".join(self._term(step, i) for i in sorted(range(len(signs)), key=lambda i: signs[i]))
+                yield f"{{ Product<{kind}> terms[] = {{{terms}}};"
+                yield f"  auto* scratch = reinterpret_cast<{kind}*>(space + {self.top});"
+                place = f"{self.pointer(out)}, {out.size[1]}, {out.size[2]}"
+                yield f"  sum_of_products<{kind}>(terms, {len(signs)}, {place}, scratch); }}"
+            case RunningSum(x, out):
+                if x.stride[-1] != 1 or prod(x.size[1:-2]) != 1:
+                    raise Unsupported("a cumulative sum of that layout")
+                yield f"for (int64_t g = 0; g < {x.size[0]}; g++)"
+                sides = [f"{self.pointer(v)} + g * {v.stride[0]}" for v in (x, out)]
+                yield f"  running_sum({sides[0]}, {x.stride[-2]}, {sides[1]}, {x.size[-2]}, {x.size[-1]});"
+
+    def _term(self, step: Sum, i: int) -> str:
+        a, b = step.left[i], step.right[i]
+        if a.dtype != step.out.dtype or b.dtype != step.out.dtype:
+            raise Unsupported("a product of several types")
+        rows, columns = (1, b.stride[2]) if _by_columns(b) else (b.stride[1], 1)
+        minus = "true" if step.signs[i] < 0 else "false"
+        left = f"{self.pointer(a)}, {a.stride[1]}, {a.stride[2]}"
+        return f"{{{left}, {self.pointer(b)}, {rows}, {columns}, {a.size[2]}, {minus}}}"
+
+    def copies(self) -> Iterator[str]:
+        """The statements that copy the results which are not written in place."""
+        for number, v in enumerate(self.program.results):
+            if self.placed.get(v.slot) != number:
+                count, kind = prod(v.size), C_TYPES[v.dtype]
+                target = f"static_cast<{kind}*>(out[{number}]) + r * {count}"
+                yield f"std::memcpy({target}, {self.pointer(v)}, {count * v.dtype.itemsize});"
+
+
+def _by_columns(b: Value) -> bool:
+    """Whether the right side of a product lies column by column, and is transposed first."""
+    if b.size[2] == 1 or b.stride[2] == 1:
+        return False
+    if b.size[1] != 1 and b.stride[1] != 1:
+        raise Unsupported("a product with gaps in rows and columns")
+    return True
+
+
+def _gap(alive: list[tuple[int, int]], size: int) -> int:
+    """The smallest free place for ``size`` bytes beside those that are ``alive``: (place, bytes), by place."""
+    end, best = 0, None
+    for place, taken in alive:
+        if place - end >= size and (best is None or place - end < best[0]):
+            best = place - end, end
+        end = max(end, place + taken)
+    return end if best is None else best[1]
+
+
+def _lines(size: int) -> int:
+    return -(-size // LINE) * LINE
