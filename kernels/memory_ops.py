@@ -118,23 +118,31 @@ def _forward(
     every = spacing(steps, every, size)
     for slot in kept:
         slot[-SPARE:].zero_()
-    at, answers = walk.entry_anchor, y.unbind(1)
+    at, answers, count = walk.entry_anchor, y.unbind(1), len(now)
     for c, flags in enumerate(walk.flags):
         if flags.any_restart:
             now, moving = where(flags.restart, initial_weights, now), where(flags.restart, initial_momenta, moving)
         if every and c % every == 0:
             for slot, x in zip(kept, (*now, *moving), strict=True):
-                slot[c // every].copy_(x)
+                # Most are already there: the chunk before wrote them.
+                if x.data_ptr() != slot[c // every].data_ptr():
+                    slot[c // every].copy_(x)
         at = now if flags.all_first else where(flags.first, now, at)
-        part, *ends = walk.forward(c, now, moving)
-        answers[c].copy_(part if flags.full else torch.where(walk.slots(c)[..., None], part, 0.0))
-        now, moving = ends[: len(now)], ends[len(now) : 2 * len(now)]
-        for slot, x in zip(scale, ends[2 * len(now) :], strict=False):
-            slot[:, c] = x
-        for slot in products:
-            slot[:, c] = ends[-1]
+        places: list[Tensor | None] = [answers[c] if flags.full else None, *_next_slots(kept, c, steps, every, 2 * count)]
+        part, *ends = walk.forward(c, now, moving, [*places, *(x[:, c] for x in (*scale, *products))])
+        if not flags.full:
+            answers[c].copy_(torch.where(walk.slots(c)[..., None], part, 0.0))
+        now, moving = ends[:count], ends[count : 2 * count]
     shaped = [x.view(*q.shape[:3], *x.shape[3:]) for x in (*scale, *products)]
     return [whole, *at, *now, *moving, *shaped[: len(scale)], *kept, *shaped[len(scale) :]]
+
+
+def _next_slots(kept: list[Tensor], c: int, steps: int, every: int, count: int) -> list[Tensor | None]:
+    """Where chunk ``c`` may write the ``count`` weights and momenta after it: the checkpoint of chunk ``c + 1``, if any."""
+    after = c + 1
+    if not every or after == steps or after % every:
+        return [None] * count
+    return [slot[after // every] for slot in kept]
 
 
 def _whole(x: Tensor, like: Tensor) -> Tensor:
@@ -282,7 +290,9 @@ class _Sweep:
         y = piece(self.y[c])
         if not flags.full:
             y = torch.where(walk.slots(c)[..., None], y, 0.0)
-        grads = walk.backward(c, inputs, self.kept(c), [y, *self.weights, *self.momenta], count)
+        places = [parts[c] for parts in self.parts]
+        state = [None] * (len(inputs) - len(places))
+        grads = walk.backward(c, inputs, self.kept(c), [y, *self.weights, *self.momenta], count, [*state, *places])
         if flags.resumed:
             body_anchor, grads = grads[:count], grads[count:]
             # In rows that begin their chunk here the anchor is the weights.
@@ -291,8 +301,6 @@ class _Sweep:
         self._to_weights(flags)
         if flags.any_restart:
             self._to_initial(flags)
-        for parts, g in zip(self.parts, grads[2 * count :], strict=True):
-            parts[c].copy_(g)
 
     def results(self) -> list[Tensor]:
         """All cotangents in the operator's order, every one a tensor of its own."""

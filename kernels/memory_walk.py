@@ -14,6 +14,7 @@ from torch import Tensor
 from titans_graph.kernels.memory_chunk import Form
 from titans_graph.kernels.memory_compile import ADVANCE, FORWARD, PULLBACK, Body, body_of, compiled
 from titans_graph.kernels.memory_products import kept_width
+from titans_graph.kernels.native import run_into
 
 
 class Flags(NamedTuple):
@@ -79,8 +80,8 @@ def chunks_first(x: Tensor, chunk: int) -> tuple[Tensor, ...]:
 
 
 def piece(part: Tensor) -> Tensor:
-    """One chunk of :func:`cut`, contiguous ``[N, C, ...]``: a copy of one chunk at a time, never of all."""
-    return part.contiguous().flatten(0, 1)
+    """One chunk of :func:`cut` as ``[N, C, ...]``: a view, or a copy of that chunk where rows do not lie at one distance."""
+    return part.flatten(0, 1)
 
 
 class Walk:
@@ -121,13 +122,13 @@ class Walk:
         # A row with tokens in a chunk it did not begin is in its first chunk of this call: its anchor is the entry's.
         return [*where(self.flags[c].first, weights, self.entry_anchor), *state]
 
-    def forward(self, c: int, weights: list[Tensor], momenta: list[Tensor]) -> list[Tensor]:
+    def forward(self, c: int, weights: list[Tensor], momenta: list[Tensor], out: Sequence[Tensor | None] = ()) -> list[Tensor]:
         """Run chunk ``c``: ``[y [N, C, d], weights'.., momenta'.., scale [N, C] if bounded, products [N, C, K] if K > 0]``.
 
-        K is ``width``.
+        K is ``width``. Results are those of ``out`` where it has a tensor for them.
         """
         args = [*self.inputs(c, weights, momenta), self.slots(c)]
-        return list(self._run(c, FORWARD, args, len(weights)))
+        return self._run(c, FORWARD, args, len(weights), out)
 
     def advance(
         self, c: int, weights: list[Tensor], momenta: list[Tensor], products: list[Tensor]
@@ -136,19 +137,25 @@ class Walk:
         count = len(weights)
         inputs = self.inputs(c, weights, momenta)
         result = self._run(c, ADVANCE, [*inputs[:-6], *inputs[-5:], self.slots(c), *products], count)
-        return list(result[:count]), list(result[count:])
+        return result[:count], result[count:]
 
     def backward(
-        self, c: int, inputs: list[Tensor], products: list[Tensor], cotangents: list[Tensor], count: int
+        self,
+        c: int,
+        inputs: list[Tensor],
+        products: list[Tensor],
+        cotangents: list[Tensor],
+        count: int,
+        out: Sequence[Tensor | None] = (),
     ) -> list[Tensor]:
-        """Input cotangents of chunk ``c``'s body."""
-        return list(self._run(c, PULLBACK, [*inputs, self.slots(c), *products, *cotangents], count))
+        """Input cotangents of chunk ``c``'s body, those of ``out`` where it has a tensor for them."""
+        return self._run(c, PULLBACK, [*inputs, self.slots(c), *products, *cotangents], count, out)
 
-    def _run(self, c: int, kind: str, args: list[Tensor], count: int) -> Sequence[Tensor]:
+    def _run(self, c: int, kind: str, args: list[Tensor], count: int, out: Sequence[Tensor | None] = ()) -> list[Tensor]:
         key = kind, self.flags[c].resumed
         if key not in self._bodies:
             body = body_of(self.form, kind, count, kept=self.width > 0, resumed=key[1])
             # At most the first chunk of a row is resumed: not worth a compilation of its own.
             use = self.compiled and not key[1]
             self._bodies[key] = compiled((self.form, kind), body, args) if use else body
-        return self._bodies[key](*args)
+        return run_into(self._bodies[key], args, out)

@@ -20,6 +20,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ TYPES = {name: kind for kind, name in C_TYPES.items()}
 Examples = Callable[[list[Tensor]], list[Any]]
 
 _LOADED: dict[str, Native] = {}
+
+_CODE = "".join(path.read_text() for path in sorted(Path(__file__).parent.glob("native*")))
+"""This code, as it was when it was loaded: what it wrote is not to be found by any other."""
 
 
 def worthwhile(args: Sequence[Tensor]) -> bool:
@@ -65,7 +69,7 @@ def native(trace: Callable[..., torch.fx.GraphModule], args: Sequence[Tensor], f
             if source is None:
                 source = source_of(record(written(graph, fake(ones)), ones))
                 _write(key, source)
-            _LOADED[key] = Native(source, len(args))
+            _LOADED[key] = Native(source, ones)
         return _LOADED[key]
     except Exception as problem:  # Inductor's insides differ between versions, and it is not needed.
         log.info("memory_scan: no native body (%s: %s); Inductor's own", type(problem).__name__, problem)
@@ -73,29 +77,53 @@ def native(trace: Callable[..., torch.fx.GraphModule], args: Sequence[Tensor], f
 
 
 class Native:
-    """A compiled body: call it with tensors ``[N, ...]``."""
+    """A compiled body: call it with tensors ``[N, ...]``.
 
-    def __init__(self, source: Source, arguments: int) -> None:
+    ``examples``: arguments of one row, for their shapes.
+    """
+
+    def __init__(self, source: Source, examples: Sequence[Tensor]) -> None:
         from torch._inductor.codecache import CppCodeCache
 
         self.space = source.space
         self.results = [(tuple(shape), TYPES[kind]) for shape, kind in source.results]
-        self._in, self._out = ctypes.c_void_p * arguments, ctypes.c_void_p * len(self.results)
+        self._strides = [a.stride()[1:] for a in examples]
+        n, m = len(examples), len(self.results)
+        self._in, self._out, self._steps = ctypes.c_void_p * n, ctypes.c_void_p * m, ctypes.c_int64 * (n + m)
         self._run = CppCodeCache.load(source.text).run
         number, address = ctypes.c_int64, ctypes.c_void_p
-        self._run.argtypes = [self._in, self._out, number, number, address, number]
+        self._run.argtypes = [self._in, self._out, self._steps, number, number, address, number]
         self._run.restype = None
 
-    def __call__(self, *args: Tensor) -> list[Tensor]:
-        """The results ``[N, ...]``, in memory of their own."""
+    def __call__(self, *args: Tensor, out: Sequence[Tensor | None] = ()) -> list[Tensor]:
+        """The results ``[N, ...]``: those of ``out`` where it has a tensor, whose rows are dense, else new ones.
+
+        Rows may lie anywhere; an argument whose rows have gaps in themselves is copied first.
+        """
         rows = args[0].shape[0]
-        dense = [a if a.is_contiguous() else a.contiguous() for a in args]
-        results = [torch.empty((rows, *shape), dtype=dtype) for shape, dtype in self.results]
+        dense = [a if a.stride()[1:] == s else a.contiguous() for a, s in zip(args, self._strides, strict=True)]
+        results = [
+            torch.empty((rows, *shape), dtype=dtype) if given is None else given
+            for (shape, dtype), given in zip_longest(self.results, out)
+        ]
         threads = max(1, min(rows, torch.get_num_threads()))
         space = _space(threads * self.space)
-        addresses = self._in(*[a.data_ptr() for a in dense]), self._out(*[r.data_ptr() for r in results])
-        self._run(*addresses, rows, threads, space, self.space)
+        inputs, outputs = self._in(*[a.data_ptr() for a in dense]), self._out(*[r.data_ptr() for r in results])
+        steps = self._steps(*[a.stride(0) for a in dense], *[r.stride(0) for r in results])
+        self._run(inputs, outputs, steps, rows, threads, space, self.space)
         return results
+
+
+def run_into(body: Callable[..., Sequence[Tensor]], args: Sequence[Tensor], out: Sequence[Tensor | None]) -> list[Tensor]:
+    """The results of any body, written to the tensors of ``out`` where it has one; what it has no entry for is new."""
+    if isinstance(body, Native):
+        return body(*args, out=out)
+    # Inductor's own programs take arguments as dense as their examples.
+    results = list(body(*[a.contiguous() for a in args]))
+    for i, target in enumerate(out):
+        if target is not None:
+            results[i] = target.copy_(results[i])
+    return results
 
 
 _SPACES = threading.local()
@@ -113,9 +141,8 @@ def _key(graph: torch.fx.GraphModule, args: Sequence[Tensor]) -> str:
     """What a source depends on: the graph, the arguments, torch, the processor's instructions, and this code."""
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
-    code = [path.read_text() for path in sorted(Path(__file__).parent.glob("native*"))]
     kinds = [(str(a.dtype), tuple(a.shape)) for a in args]
-    parts = [torch.__version__, str(pick_vec_isa()), graph.code, repr(kinds), *code]
+    parts = [torch.__version__, str(pick_vec_isa()), graph.code, repr(kinds), _CODE]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:40]
 
 

@@ -41,7 +41,11 @@ def header() -> str:
 
 
 def source_of(program: Program) -> Source:
-    """The function ``run(arguments, results, rows, threads, space, bytes a thread)`` of a program recorded for one row."""
+    """The C++ function of a program recorded for one row.
+
+    ``run(arguments, results, steps, rows, threads, spaces, bytes)``: addresses of the arguments and results; ``steps``: entries
+    from one row to the next for all of both; work spaces of ``bytes`` for each thread.
+    """
     writer = _Writer(program)
     loop = "\n".join(f"    {line}" for step in program.steps for line in writer.step(step))
     copies = "\n".join(f"    {line}" for line in writer.copies())
@@ -49,7 +53,9 @@ def source_of(program: Program) -> Source:
 #include <cstring>
 {header()}
 {writer.kernels()}
-extern "C" void run(const void* const* in, void* const* out, int64_t rows, int64_t threads, char* spaces, int64_t bytes) {{
+extern "C" void run(const void* const* in, void* const* out, const int64_t* in_step, int64_t rows, int64_t threads,
+                    char* spaces, int64_t bytes) {{
+  const int64_t* out_step = in_step + {program.arguments};
   using namespace titans_graph;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t r = 0; r < rows; r++) {{
@@ -113,11 +119,12 @@ class _Writer:
 
     def pointer(self, v: Value) -> str:
         """The address of a value's first entry in row ``r``."""
-        kind, count = C_TYPES[v.dtype], self.program.slots[v.slot][0]
+        kind = C_TYPES[v.dtype]
         if v.slot < self.program.arguments:
-            return f"static_cast<const {kind}*>(in[{v.slot}]) + r * {count} + {v.offset}"
+            return f"static_cast<const {kind}*>(in[{v.slot}]) + r * in_step[{v.slot}] + {v.offset}"
         if v.slot in self.placed:
-            return f"static_cast<{kind}*>(out[{self.placed[v.slot]}]) + r * {count} + {v.offset}"
+            number = self.placed[v.slot]
+            return f"static_cast<{kind}*>(out[{number}]) + r * out_step[{number}] + {v.offset}"
         return f"reinterpret_cast<{kind}*>(space + {self.at[v.slot]}) + {v.offset}"
 
     def step(self, step: Step) -> Iterator[str]:
@@ -152,9 +159,8 @@ class _Writer:
         """The statements that copy the results which are not written in place."""
         for number, v in enumerate(self.program.results):
             if self.placed.get(v.slot) != number:
-                count, kind = prod(v.size), C_TYPES[v.dtype]
-                target = f"static_cast<{kind}*>(out[{number}]) + r * {count}"
-                yield f"std::memcpy({target}, {self.pointer(v)}, {count * v.dtype.itemsize});"
+                target = f"static_cast<{C_TYPES[v.dtype]}*>(out[{number}]) + r * out_step[{number}]"
+                yield f"std::memcpy({target}, {self.pointer(v)}, {prod(v.size) * v.dtype.itemsize});"
 
 
 def _by_columns(b: Value) -> bool:
