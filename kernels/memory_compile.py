@@ -1,8 +1,9 @@
 """Compiled bodies of the neural memory: one chunk forward, and its vector-Jacobian product.
 
-A body is traced to a plain graph of tensor operations (nested differentiation included) and handed to Inductor
-directly. There is no guard to check per call and nothing to recompile: a body belongs to its static form, its shapes
-and its dtype, and the number of chunks never enters. Without a C++ compiler on a CPU, bodies run eagerly.
+A body is traced to a plain graph of tensor operations (nested differentiation included) and made one C++ function
+(:mod:`~titans_graph.kernels.native`), or handed to Inductor as it is. There is no guard to check per call and nothing to
+recompile: a body belongs to its static form, its shapes and its dtype, and the number of chunks never enters. Without a C++
+compiler on a CPU, bodies run eagerly.
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ def neural_memory(
     of :func:`~titans_graph.register_objective`. read: weights that answer: ``"after"`` the token's own update,
     ``"before"`` it, or those of the ``"chunk"``'s start.
     state: from an earlier call, or :meth:`MemoryState.initial`; any split of a sequence gives the same numbers.
-    kernel: ``reference`` (token by token), ``chunk``, ``compiled`` (chunk bodies built by Inductor once per shape, the
+    kernel: ``reference`` (token by token), ``chunk``, ``compiled`` (chunk bodies compiled once per shape, the
     fastest on a CPU), ``triton`` (docs/kernels.md says for which memories), ``auto``: ``triton`` on a GPU where it can,
     else ``portable``: ``compiled`` inside ``torch.compile``, ``chunk`` outside.
 
