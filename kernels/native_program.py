@@ -44,6 +44,11 @@ class Value(NamedTuple):
         return True
 
 
+def dense_strides(size: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a tensor of this size without gaps."""
+    return tuple(prod(size[i + 1 :]) for i in range(len(size)))
+
+
 class Call(NamedTuple):
     """A call of the kernel with this number."""
 
@@ -97,7 +102,7 @@ class Program:
 
     def dense(self, size: Sequence[int], dtype: torch.dtype) -> Value:
         """A value without gaps in a storage of its own."""
-        return self.new(size, [prod(size[i + 1 :]) for i in range(len(size))], dtype)
+        return self.new(size, dense_strides(size), dtype)
 
 
 def record(source: str, arguments: Sequence[Tensor]) -> Program:
