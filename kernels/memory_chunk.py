@@ -72,10 +72,12 @@ def products(log_gates: Tensor) -> Tensor:
 
 
 def mixing(read: str, step: Tensor, log_momentum: Tensor, log_keep: Tensor, valid: Tensor) -> Mixing:
-    """The chunk's mixing from gates and ``valid`` (bool), all ``[N, C]``."""
+    """The chunk's mixing from gates and ``valid`` (bool), all ``[N, C]``; with read ``"chunk"`` for its last slot alone."""
     gates = torch.where(valid, torch.stack([log_keep, log_momentum]), 0.0)
     keep, momentum = products(gates).unbind(0)
     theta = torch.where(valid, step, 0.0)
+    if read == "chunk":  # Nothing is read from the weights in between.
+        keep = keep[:, -1:]
     middle = torch.bmm(keep[..., 1:], torch.where(valid[..., None], momentum, 0.0))
     deltas, share = middle[..., 1:] * theta[:, None, :], middle[..., :1]
     decay = keep[..., :1]
@@ -221,7 +223,7 @@ def memory_chunk(
     """
     names = list(form.network.weights(k.shape[-1]))
     at, now, moving = (dict(zip(names, values, strict=True)) for values in (anchor, weights, momenta))
-    mix = mixing(form.read, step, log_momentum, log_keep, valid)
+    mix = mixing("chunk" if q is None else form.read, step, log_momentum, log_keep, valid)
     trace = trace_keys(form.network, form.objective, at, k, v, product)
     y = None
     if q is not None:
