@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -119,7 +119,7 @@ def signature_of(key: tuple[object, ...], device: torch.device, args: Sequence[A
 def build(body: Body, args: Sequence[Tensor]) -> Body:
     """``body`` compiled for arguments like ``args``, from Inductor's cache on disk where it has been built before."""
     if worthwhile(args):
-        built: Body | None = native(partial(_traced, body), args, _fakes)
+        built: Body | None = native(body, args, _fakes)
         if built is not None:
             return built
     import torch._inductor

@@ -38,6 +38,7 @@ from titans_graph.kernels.memory_compile import (
 )
 from titans_graph.kernels.memory_objectives import parse_objective
 from titans_graph.kernels.memory_products import kept_width
+from titans_graph.kernels.native import CODE
 from titans_graph.kernels.networks import Network, parse_network
 
 CHILDREN: list[subprocess.Popen[bytes]] = []
@@ -132,7 +133,7 @@ def _mark(kinds: str) -> Path | None:
         from torch._inductor.runtime.cache_dir_utils import cache_dir
     except ImportError:
         return None
-    name = hashlib.sha256(f"{torch.__version__} {kinds}".encode()).hexdigest()[:32]
+    name = hashlib.sha256(f"{torch.__version__} {kinds} {CODE}".encode()).hexdigest()[:32]
     return Path(cache_dir()) / f"titans_graph-{name}"
 
 

@@ -16,8 +16,6 @@ import ctypes
 import hashlib
 import json
 import logging
-import os
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
@@ -27,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from titans_graph.kernels.native_graph import gather_products
 from titans_graph.kernels.native_program import Unsupported, dense_strides, record, written
@@ -40,7 +39,9 @@ Examples = Callable[[list[Tensor]], list[Any]]
 
 _LOADED: dict[str, Native] = {}
 
-_CODE = "".join(path.read_text() for path in sorted(Path(__file__).parent.glob("native*")))
+_FILES = ("native.py", "native_graph.py", "native_products.h", "native_program.py", "native_source.py")
+
+CODE = "".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in _FILES)
 """This code, as it was when it was loaded: what it wrote is not to be found by any other."""
 
 
@@ -52,18 +53,14 @@ def worthwhile(args: Sequence[Tensor]) -> bool:
     return single and args[0].device.type == "cpu" and 2 * rows >= torch.get_num_threads()
 
 
-def native(trace: Callable[..., torch.fx.GraphModule], args: Sequence[Tensor], fake: Examples) -> Native | None:
-    """A body for arguments like ``args``, ``[N, ...]`` each with any N; None where it is not possible, which the log tells.
+def native(body: Callable[..., Sequence[Tensor]], args: Sequence[Tensor], fake: Examples) -> Native | None:
+    """``body`` for arguments like ``args``, ``[N, ...]`` each with any N; None where that is not possible, as the log tells.
 
-    ``trace`` gives its graph for example tensors, ``fake`` what Inductor takes as examples.
+    ``fake`` makes what Inductor takes as examples.
     """
     try:
-        ones = [torch.zeros(1, *a.shape[1:], dtype=a.dtype) for a in args]
-        graph = trace(*ones)
-        if any(node.op == "get_attr" for node in graph.graph.nodes):
-            raise Unsupported("a constant tensor")
-        gather_products(graph.graph)
-        graph.recompile()
+        ones = [torch.zeros(1, *a.shape[1:], dtype=a.dtype, device="cpu") for a in args]
+        graph = gathered(body, ones)
         key = _key(graph, ones)
         if key not in _LOADED:
             source = _read(key)
@@ -75,6 +72,26 @@ def native(trace: Callable[..., torch.fx.GraphModule], args: Sequence[Tensor], f
     except Exception as problem:  # Inductor's insides differ between versions, and it is not needed.
         log.info("memory_scan: no native body (%s: %s); Inductor's own", type(problem).__name__, problem)
         return None
+
+
+def gathered(body: Callable[..., Sequence[Tensor]], args: Sequence[Tensor]) -> torch.fx.GraphModule:
+    """The graph of a body with its sums of products gathered; without changes in place, because products are moved."""
+    with torch.no_grad():
+        graph = make_fx(body)(*args)
+        if any(map(_in_place, graph.graph.nodes)):
+            # A second tracing: the body's own functions have no rule for this.
+            graph = make_fx(torch.func.functionalize(graph, remove="mutations"))(*args)
+    for node in graph.graph.nodes:
+        if node.op == "get_attr" or _in_place(node):
+            raise Unsupported(f"{node.target}: a constant tensor, or a change in place")
+    gather_products(graph.graph)
+    graph.recompile()
+    return graph
+
+
+def _in_place(node: torch.fx.Node) -> bool:
+    schema: Any = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
 
 
 class Native:
@@ -130,7 +147,7 @@ def run_into(body: Callable[..., Sequence[Tensor]], args: Sequence[Tensor], out:
 def _allocator() -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor]:
     """What Inductor's programs allocate with, in a fraction of the time of ``torch.empty``; (size, stride, dtype)."""
     quick: Any = getattr(torch._C._dynamo.guards, "_empty_strided_cpu", None)
-    return quick or (lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype))
+    return quick or (lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype, device="cpu"))
 
 
 _empty = _allocator()
@@ -142,7 +159,7 @@ def _space(size: int) -> int:
     """The address of a work space of this thread, kept for the next call: then it is still in the caches."""
     space: Tensor | None = getattr(_SPACES, "space", None)
     if space is None or space.numel() < size:
-        space = _SPACES.space = torch.empty(size, dtype=torch.uint8)
+        space = _SPACES.space = torch.empty(size, dtype=torch.uint8, device="cpu")
     return space.data_ptr()
 
 
@@ -151,7 +168,7 @@ def _key(graph: torch.fx.GraphModule, args: Sequence[Tensor]) -> str:
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     kinds = [(str(a.dtype), tuple(a.shape)) for a in args]
-    parts = [torch.__version__, str(pick_vec_isa()), graph.code, repr(kinds), _CODE]
+    parts = [torch.__version__, str(pick_vec_isa()), graph.code, repr(kinds), CODE]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:40]
 
 
@@ -165,11 +182,11 @@ def _place(key: str) -> Path | None:
 
 def _read(key: str) -> Source | None:
     place = _place(key)
-    if place is None or not place.exists():
+    if place is None:
         return None
     try:
         return Source(**json.loads(place.read_text()))
-    except (OSError, ValueError, TypeError):  # Cut off or damaged: written anew.
+    except (OSError, ValueError, TypeError):  # Not there, cut off or damaged: written anew.
         return None
 
 
@@ -178,9 +195,8 @@ def _write(key: str, source: Source) -> None:
     if place is None:
         return
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=place.parent, delete=False) as file:
-            json.dump(source._asdict(), file)
-        os.replace(file.name, place)
+        from torch._inductor.codecache import write_atomic
+
+        write_atomic(str(place), json.dumps(source._asdict()), make_dirs=True)
     except OSError as problem:
         log.info("memory_scan: a native body cannot be kept on disk (%s)", problem)

@@ -31,14 +31,17 @@ def _(left: list[Tensor], right: list[Tensor], signs: list[int]) -> Tensor:
 SUM = torch.ops.titans_graph.sum_of_products.default
 
 
-def shape_of(node: Node) -> tuple[int, ...] | None:
-    """The shape of a traced node's value; None where it is no tensor."""
+def kind_of(node: Node) -> tuple[tuple[int, ...], torch.dtype] | None:
+    """Shape and type of a traced node's value; None where it is no tensor."""
     value: Any = node.meta.get("val", node.meta.get("tensor_meta"))
-    return tuple(value.shape) if hasattr(value, "shape") else None
+    return (tuple(value.shape), value.dtype) if hasattr(value, "dtype") else None
 
 
 def gather_products(graph: Graph) -> None:
-    """Put every product, and every sum that has products among its terms, into one operation."""
+    """Put every product, and every sum that has products among its terms, into one operation.
+
+    The graph must not change values in place: products move to where their sum was.
+    """
     taken: set[Node] = set()
     for node in reversed(list(graph.nodes)):
         if node in taken or node.target not in (aten.add.Tensor, aten.sub.Tensor, aten.bmm.default):
@@ -57,17 +60,18 @@ class _Terms:
     """What a node is the sum of: products, and others, each with its sign."""
 
     def __init__(self, root: Node) -> None:
-        self.root, self.shape = root, shape_of(root)
+        self.root, self.kind = root, kind_of(root)
         self.products: list[tuple[_Operand, _Operand, int]] = []
         self.others: list[tuple[Node, int]] = []
         self.inner: set[Node] = set()
         self._add(root, 1)
 
     def _add(self, node: Node, sign: int) -> None:
-        # Only what nothing else reads need not exist by itself; a term that is broadcast is no term of every entry.
-        mine = node is self.root or len(node.users) == 1
-        parts = _addends(node) if mine and shape_of(node) == self.shape else None
-        product = _product(node) if mine and shape_of(node) == self.shape else None
+        # Only what nothing else reads need not exist by itself. A term that is broadcast or converted is no term of the whole.
+        alike = kind_of(node) == self.kind
+        mine = alike and (node is self.root or len(node.users) == 1)
+        parts = _addends(node) if mine else None
+        product = _product(node) if mine else None
         if parts is not None:
             self.inner.add(node)
             for part, factor in parts:
@@ -76,7 +80,7 @@ class _Terms:
             self.inner.add(node)
             a, b = product
             self.products.append((a, b, sign * a.sign * b.sign))
-        elif node.target is not aten.new_zeros.default or shape_of(node) != self.shape:
+        elif node.target is not aten.new_zeros.default or not alike:
             self.others.append((node, sign))
 
     def write(self, graph: Graph) -> Node:
@@ -114,6 +118,8 @@ def _addends(node: Node) -> list[tuple[Node, int]] | None:
     signs = known.get(node.target)
     if signs is None or node.kwargs or not all(isinstance(x, Node) for x in node.args):
         return None
+    if len(set(node.args)) < len(signs):
+        return None  # x + x: taken apart, chains of them would have twice the terms at every link
     return list(zip(cast("tuple[Node, ...]", node.args), signs, strict=True))
 
 
@@ -131,6 +137,7 @@ def _product(node: Node) -> tuple[_Operand, _Operand] | None:
 
 def _transposes(node: Node) -> bool:
     """Whether a node swaps rows and columns of matrices ``[N, M, K]``."""
-    if node.target is not aten.transpose.int or len(shape_of(node) or ()) != 3:
+    kind = kind_of(node)
+    if node.target is not aten.transpose.int or kind is None or len(kind[0]) != 3:
         return False
     return {cast("int", d) % 3 for d in node.args[1:]} == {1, 2}

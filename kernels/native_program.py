@@ -113,7 +113,7 @@ def record(source: str, arguments: Sequence[Tensor]) -> Program:
         exec(source, names)
     names.update(_stand_ins(program))
     values = [Value(i, 0, tuple(a.shape), a.stride(), a.dtype) for i, a in enumerate(arguments)]
-    program.results = tuple(names["runner"].call(values))
+    program.results = tuple(names["call"](values))
     if not all(isinstance(v, Value) for v in program.results):
         raise Unsupported("a result that is no tensor")
     return program
@@ -143,8 +143,13 @@ def _stand_ins(program: Program) -> dict[str, Any]:
         program.steps.append(RunningSum(x, out))
         return out
 
-    def nothing(*_: object, **__: object) -> None:
-        """Assertions about sizes: those of stand-ins are as told."""
+    def check_layout(x: Value, size: tuple[int, ...], stride: tuple[int, ...], *_: object) -> None:
+        expected = zip(x.size, x.stride, size, stride, strict=True)
+        if any(have != n or (n != 1 and step != s) for have, step, n, s in expected):
+            raise Unsupported(f"a value of size {x.size} and stride {x.stride} where {size} and {stride} were expected")
+
+    def nothing(*_: object) -> None:
+        """Addresses are no concern of stand-ins."""
 
     own = SimpleNamespace(sum_of_products=SimpleNamespace(default=sum_of_products))
     aten = SimpleNamespace(cumsum=SimpleNamespace(default=cumsum))
@@ -153,7 +158,7 @@ def _stand_ins(program: Program) -> dict[str, Any]:
         "torch": SimpleNamespace(ops=SimpleNamespace(titans_graph=own, aten=aten), **kinds),
         "empty_strided_cpu": program.new,
         "reinterpret_tensor": view,
-        "assert_size_stride": nothing,
+        "assert_size_stride": check_layout,
         "assert_alignment": nothing,
         "extern_kernels": None,
     }
@@ -176,20 +181,26 @@ def _kernels_taken_by(take: Callable[[str], Any]) -> Iterator[None]:
 
 def written(graph: torch.fx.GraphModule, examples: Sequence[Any]) -> str:
     """The Python program that Inductor writes for a graph and fake ``examples`` on a CPU, for one thread."""
+    import torch._functorch.config
     from torch._inductor.graph import GraphLowering
 
     me = threading.get_ident()
-    save: Any = GraphLowering.save_output_code
+    save: Callable[[str], None] | None = GraphLowering.save_output_code
     texts: list[str] = []
 
     def keep(text: str) -> None:
-        texts.append(text) if threading.get_ident() == me else save(text)
+        if threading.get_ident() == me:
+            texts.append(text)
+        elif save is not None:
+            save(text)
 
     options = {"fx_graph_cache": False, "cpp_wrapper": False, "cpp.threads": 1}
     for node in graph.graph.nodes:
         node.meta.clear()  # Inductor makes its own fake tensors and refuses those of another tracing.
     with (
         torch.no_grad(),
+        # A program that is found in a cache is not written.
+        torch._functorch.config.patch(enable_autograd_cache=False),
         mock.patch.object(GraphLowering, "save_output_code", staticmethod(keep)),
         _kernels_taken_by(lambda text: lambda *_: None),
     ):

@@ -106,7 +106,7 @@ class _Writer:
 
     def _transposed(self, step: Sum) -> int:
         """Bytes that a sum needs for what it transposes."""
-        return sum(_lines(prod(v.size) * v.dtype.itemsize) for v in step.right if _by_columns(v))
+        return sum(_lines(prod(v.size[1:]) * v.dtype.itemsize) for v in step.right if _by_columns(v))
 
     def kernels(self) -> str:
         """Inductor's kernels as functions with numbers."""
@@ -127,6 +127,10 @@ class _Writer:
             return f"static_cast<{kind}*>(out[{number}]) + r * out_step[{number}] + {v.offset}"
         return f"reinterpret_cast<{kind}*>(space + {self.at[v.slot]}) + {v.offset}"
 
+    def matrix(self, v: Value) -> str:
+        """The address of matrix ``g`` of a value ``[G, ..., M, K]``."""
+        return f"{self.pointer(v)} + g * {v.stride[0]}"
+
     def step(self, step: Step) -> Iterator[str]:
         """The statements of one step."""
         match step:
@@ -135,15 +139,15 @@ class _Writer:
             case Sum(_, _, signs, out):
                 kind = C_TYPES[out.dtype]
                 terms = ", ".join(self._term(step, i) for i in sorted(range(len(signs)), key=lambda i: signs[i]))
-                yield f"{{ Product<{kind}> terms[] = {{{terms}}};"
+                yield f"for (int64_t g = 0; g < {out.size[0]}; g++) {{ Product<{kind}> terms[] = {{{terms}}};"
                 yield f"  auto* scratch = reinterpret_cast<{kind}*>(space + {self.top});"
-                place = f"{self.pointer(out)}, {out.size[1]}, {out.size[2]}"
+                place = f"{self.matrix(out)}, {out.size[1]}, {out.size[2]}"
                 yield f"  sum_of_products<{kind}>(terms, {len(signs)}, {place}, scratch); }}"
             case RunningSum(x, out):
                 if x.stride[-1] != 1 or prod(x.size[1:-2]) != 1:
                     raise Unsupported("a cumulative sum of that layout")
-                yield f"for (int64_t g = 0; g < {x.size[0]}; g++)"
-                sides = [f"{self.pointer(v)} + g * {v.stride[0]}" for v in (x, out)]
+                yield f"for (int64_t g = 0; g < {x.size[0] if len(x.size) > 2 else 1}; g++)"
+                sides = [self.matrix(v) for v in (x, out)]
                 yield f"  running_sum({sides[0]}, {x.stride[-2]}, {sides[1]}, {x.size[-2]}, {x.size[-1]});"
 
     def _term(self, step: Sum, i: int) -> str:
@@ -152,8 +156,8 @@ class _Writer:
             raise Unsupported("a product of several types")
         rows, columns = (1, b.stride[2]) if _by_columns(b) else (b.stride[1], 1)
         minus = "true" if step.signs[i] < 0 else "false"
-        left = f"{self.pointer(a)}, {a.stride[1]}, {a.stride[2]}"
-        return f"{{{left}, {self.pointer(b)}, {rows}, {columns}, {a.size[2]}, {minus}}}"
+        left = f"{self.matrix(a)}, {a.stride[1]}, {a.stride[2]}"
+        return f"{{{left}, {self.matrix(b)}, {rows}, {columns}, {a.size[2]}, {minus}}}"
 
     def copies(self) -> Iterator[str]:
         """The statements that copy the results which are not written in place."""

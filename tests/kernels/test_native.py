@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.kernels.test_memory_cases import assert_close
 from tests.kernels.test_memory_products import arguments
@@ -22,7 +22,8 @@ from titans_graph.kernels.memory_chunk import Form
 from titans_graph.kernels.memory_compile import ADVANCE, FORWARD, PULLBACK, body_of, build
 from titans_graph.kernels.memory_objectives import parse_objective
 from titans_graph.kernels.memory_products import kept_width
-from titans_graph.kernels.native_graph import SUM, gather_products
+from titans_graph.kernels.native import run_into
+from titans_graph.kernels.native_graph import SUM
 from titans_graph.kernels.native_program import Call, Program, RunningSum, Sum, Unsupported
 from titans_graph.kernels.native_source import _Writer, source_of
 from titans_graph.kernels.networks import parse_network
@@ -42,13 +43,6 @@ def built(body: Body, args: Sequence[Tensor]) -> native.Native:
     made = build(body, args)
     assert isinstance(made, native.Native), "not built here"
     return made
-
-
-def traced(body: Body, *args: Tensor) -> torch.fx.GraphModule:
-    graph = make_fx(body)(*args)
-    gather_products(graph.graph)
-    graph.recompile()
-    return graph
 
 
 def operations(graph: torch.fx.GraphModule) -> list[Any]:
@@ -80,12 +74,19 @@ def test_sums_are_gathered() -> None:
         twice = bmm(a, b)
         return [bmm(a, b) - (c - bmm(b.mT, a.mT).mT - bmm(-a, b)), twice * twice + twice]
 
-    graph = traced(body, a, b, c)
+    graph = native.gathered(body, [a, b, c])
     sums = [node for node in graph.graph.nodes if node.target is SUM]
     assert sorted(len(node.args[2]) for node in sums) == [1, 3]
     assert next(node.args[2] for node in sums if len(node.args[2]) == 3) == [1, 1, -1]
     assert not {aten.bmm.default, aten.neg.default} & set(operations(graph))
     assert_close(graph(a, b, c), body(a, b, c), 1e-14)
+
+
+def filled(x: Tensor) -> Tensor:
+    """Zeros until one column is set."""
+    result = x.new_zeros(x.shape)
+    result[..., 1] = x[..., 0]
+    return result
 
 
 @pytest.mark.parametrize(
@@ -98,11 +99,25 @@ def test_sums_are_gathered() -> None:
         lambda a, b: [bmm(a, b) - (bmm(a, b) + bmm(a, b)).mT.mT],
         lambda a, b: [bmm(b, b) + bmm(b, b).mT],  # both sides are one tensor
         lambda a, b: [bmm(a, b) + a.new_zeros(1, 4, 4), bmm(a, b) + a.new_zeros(1, 1, 4)],
+        lambda a, b: [bmm(a, b) + ((a > 0) + (b > 0)), bmm(a, b) + (bmm(a.float(), b.float()) + bmm(b.float(), b.float()))],
+        lambda a, b: [bmm(a, b) - filled(a), filled(b) - bmm(b, a)],
+        lambda a, b: [bmm(x := a.clone(), b) + bmm(x.mul_(2), b)],
     ],
 )
 def test_gathering_changes_nothing(body: Body) -> None:
     a, b = random(1, 4, 4), random(1, 4, 4, seed=1)
-    assert_close(list(traced(body, a, b)(a, b)), list(body(a, b)), 1e-14)
+    assert_close(list(native.gathered(body, [a, b])(a, b)), list(body(a, b)), 1e-14)
+
+
+@pytest.mark.compile
+def test_products_of_other_shapes() -> None:
+    def body(a: Tensor, b: Tensor) -> list[Tensor]:
+        table = (torch.arange(6.0).to(a) * torch.arange(3.0).to(a)[:, None]).cumsum(0)
+        rows = torch.einsum("...d,...d->...", a, a)
+        return [a @ b, (a @ b).sum(1) + table, rows, rows.sum(-1)[:, :1, None] * filled(a)[:, 0], (a[:, 1] * 2).cumsum(-2)]
+
+    a, b = random(3, 2, 3, 5), random(3, 2, 5, 6)
+    assert_close(list(built(body, [a, b])(a, b)), body(a, b), 1e-13)
 
 
 NETWORKS: list[Any] = [
@@ -146,12 +161,42 @@ def test_rows_threads_and_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
     for row in range(5):
         alone = run(a[row : row + 1], b[row : row + 1])
         assert all(torch.equal(x[0], y[row]) for x, y in zip(alone, run(a, b), strict=True))
-    other = run(a.mT.contiguous().mT, b.expand(5, 7, 9))
-    assert all(map(torch.equal, other, run(a, b)))
+    one = b[:1].expand(5, 7, 9)
+    assert all(map(torch.equal, run(a.mT.contiguous().mT, one), run(a, one.contiguous())))
     for threads in (2, 3, 16):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         assert all(map(torch.equal, run(a, b), run(a, b)))
         assert_close(list(run(a, b)), small(a, b), 1e-14)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("kind", [native.Native, None])
+def test_results_go_where_they_are_wanted(monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
+    monkeypatch.setattr(native, "_LOADED", {})
+    a, b = random(3, 6, 7), random(3, 7, 9)
+    body: Any = built(small, [a, b]) if kind else small
+    want = small(a, b)
+    wide = [torch.full((3, 4, *x.shape[1:]), torch.nan, dtype=x.dtype) for x in want]
+    out = [None, *(x[:, 2] for x in wide[1:4])]
+    got = run_into(body, [a, b], out)
+    assert len(got) == len(want)
+    assert_close(got, want, 1e-13)
+    for target, result, around in zip(out[1:], got[1:], wide[1:], strict=False):
+        assert target is result
+        assert around[:, [0, 1, 3]].isnan().all()
+
+
+@pytest.mark.compile
+def test_threads_share_a_body() -> None:
+    cases = [(random(4, 6, 7, seed=i), random(4, 7, 9, seed=i)) for i in range(4)]
+    run = built(small, cases[0])
+    want = [run(*case) for case in cases]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(50):
+            got = list(pool.map(lambda case: run(*case), cases))
+            assert all(
+                torch.equal(x, y) for mine, yours in zip(got, want, strict=True) for x, y in zip(mine, yours, strict=True)
+            )
 
 
 @pytest.mark.compile
@@ -218,6 +263,35 @@ def test_other_threads_compile_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (theirs, mine) == (["theirs", "after"], ["mine"])
 
 
+@pytest.mark.compile
+@pytest.mark.parametrize("save", [True, False])
+def test_other_threads_write_as_ever(monkeypatch: pytest.MonkeyPatch, save: bool) -> None:
+    from torch._inductor.graph import GraphLowering
+
+    theirs: list[str] = []
+    monkeypatch.setattr(GraphLowering, "save_output_code", staticmethod(theirs.append) if save else None)
+
+    def compiling(*_: Any, **__: Any) -> None:
+        other = threading.Thread(target=lambda: call(GraphLowering.save_output_code, "theirs"))
+        other.start()
+        other.join()
+        call(GraphLowering.save_output_code, "mine")
+
+    failed: list[Exception] = []
+
+    def call(function: Any, text: str) -> None:
+        try:
+            function(text)
+        except Exception as problem:
+            failed.append(problem)
+
+    monkeypatch.setattr(torch._inductor, "compile", compiling)
+    graph = native.gathered(lambda a: [a * 2], [random(1, 2, 2)])
+    assert native_program.written(graph, [random(1, 2, 2)]) == "mine"
+    assert not failed
+    assert theirs == (["theirs"] if save else [])
+
+
 def test_storages_that_live_at_once_lie_apart() -> None:
     program = Program(1, [(10, torch.float32)], kernels=['extern "C"  void  kernel()'])
     value = program.dense((1, 10), torch.float32)
@@ -241,6 +315,7 @@ def test_storages_that_live_at_once_lie_apart() -> None:
         lambda p, x, y: p.steps.append(RunningSum(x._replace(stride=(12, 1, 4)), y)),
         lambda p, x, y: p.steps.append(Sum((x,), (x._replace(stride=(12, 3, 5)),), (1,), y)),
         lambda p, x, y: p.steps.append(Sum((x,), (y._replace(dtype=torch.float64),), (1,), y)),
+        lambda p, x, y: p.steps.append(RunningSum(x._replace(size=(3, 2, 2, 1)), y)),
         lambda p, x, y: p.kernels.append("void other()"),
         lambda p, x, y: setattr(p, "results", (x._replace(stride=(12, 1, 3)),)),
     ],
