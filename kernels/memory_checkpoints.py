@@ -14,7 +14,7 @@ import torch
 AUTOMATIC = -1
 """The spacing is chosen by the rule above."""
 
-ROOM = 128 << 20
+ROOM = 64 << 20
 """Bytes of checkpoints up to which they are closer than every :data:`WIDEST` chunks."""
 
 WIDEST = 4
