@@ -6,8 +6,8 @@ Inductor compiles the elementwise loops of a body as ever; this joins them, and 
                  -> one C++ function (native_source) -> compiled and kept on disk by Inductor
 
 On an Intel Xeon with AVX-512 a chunk's forward is 1.13 to 1.23, its backward 1.22 to 1.27 times as fast as Inductor's own
-program (docs/results.md). Where anything is not as expected (another torch, a graph with operations that are not known here, rows
-that would leave threads idle) the body is compiled by Inductor as a whole.
+program (docs/results.md). Where anything is not as expected (another torch, a graph with operations that are not known here,
+rows that would leave threads idle) the body is compiled by Inductor as a whole.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ KERNEL = {
     "auto": "`triton` on a GPU where it can, else `portable` (the default)",
     "reference": "token by token, as the equations stand; also under `torch.func` and forward-mode gradients",
     "chunk": "chunks in parallel, in plain PyTorch",
-    "compiled": "chunk bodies built by Inductor, once per shape; the fastest on a CPU",
+    "compiled": "chunk bodies compiled once per shape; the fastest on a CPU",
     "portable": "`compiled` inside `torch.compile`, `chunk` outside",
     "triton": "the Triton kernels; an error where they do not know the memory",
 }
