@@ -11,17 +11,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from titans_graph.kernels.memory_chunk import Form, memory_chunk, step_scale
 from titans_graph.kernels.memory_objectives import REPLACED
 from titans_graph.kernels.memory_products import Products
 from titans_graph.kernels.native import native, worthwhile
+from titans_graph.kernels.native_program import bare, fakes
 from titans_graph.kernels.turns import Building
 
 log = logging.getLogger("titans_graph.kernels")
@@ -119,7 +118,7 @@ def signature_of(key: tuple[object, ...], device: torch.device, args: Sequence[A
 def build(body: Body, args: Sequence[Tensor]) -> Body:
     """``body`` compiled for arguments like ``args``, from Inductor's cache on disk where it has been built before."""
     if worthwhile(args):
-        built: Body | None = native(body, args, _fakes)
+        built: Body | None = native(body, args)
         if built is not None:
             return built
     import torch._inductor
@@ -129,27 +128,5 @@ def build(body: Body, args: Sequence[Tensor]) -> Body:
     # One C++ file for all kernels of a body: half the compile time of one file each, and the same speed.
     options = {"cpp_wrapper": args[0].device.type == "cpu"}
     with torch.no_grad():
-        whole: Body = torch._inductor.compile(_bare(_traced(body, *examples)), _fakes(examples), options=options)
+        whole: Body = torch._inductor.compile(bare(make_fx(body)(*examples)), fakes(examples), options=options)
     return whole
-
-
-def _traced(body: Body, *examples: Tensor) -> GraphModule:
-    """A body as a plain graph."""
-    with torch.no_grad():
-        return make_fx(body)(*examples)
-
-
-def _bare(graph: GraphModule) -> GraphModule:
-    """Inductor makes its own fake tensors and refuses those of another tracing."""
-    for node in graph.graph.nodes:
-        node.meta.clear()
-    return graph
-
-
-def _fakes(examples: Sequence[Tensor]) -> list[Any]:
-    """Inductor caches on disk only what it compiles for fake tensors of a mode with a shape environment."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-    mode = FakeTensorMode(shape_env=ShapeEnv())
-    return [mode.from_tensor(e, static_shapes=True) for e in examples]

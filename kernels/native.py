@@ -35,8 +35,6 @@ log = logging.getLogger("titans_graph.kernels")
 
 TYPES = {name: kind for kind, name in C_TYPES.items()}
 
-Examples = Callable[[list[Tensor]], list[Any]]
-
 _LOADED: dict[str, Native] = {}
 
 _FILES = ("native.py", "native_graph.py", "native_products.h", "native_program.py", "native_source.py")
@@ -53,11 +51,8 @@ def worthwhile(args: Sequence[Tensor]) -> bool:
     return single and args[0].device.type == "cpu" and 2 * rows >= torch.get_num_threads()
 
 
-def native(body: Callable[..., Sequence[Tensor]], args: Sequence[Tensor], fake: Examples) -> Native | None:
-    """``body`` for arguments like ``args``, ``[N, ...]`` each with any N; None where that is not possible, as the log tells.
-
-    ``fake`` makes what Inductor takes as examples.
-    """
+def native(body: Callable[..., Sequence[Tensor]], args: Sequence[Tensor]) -> Native | None:
+    """``body`` for arguments like ``args``, ``[N, ...]`` each with any N; None where that is not possible, as the log tells."""
     try:
         ones = [torch.zeros(1, *a.shape[1:], dtype=a.dtype, device="cpu") for a in args]
         graph = gathered(body, ones)
@@ -65,7 +60,7 @@ def native(body: Callable[..., Sequence[Tensor]], args: Sequence[Tensor], fake: 
         if key not in _LOADED:
             source = _read(key)
             if source is None:
-                source = source_of(record(written(graph, fake(ones)), ones))
+                source = source_of(record(written(graph, ones), ones))
                 _write(key, source)
             _LOADED[key] = Native(source, ones)
         return _LOADED[key]

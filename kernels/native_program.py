@@ -18,6 +18,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 
 class Unsupported(Exception):
@@ -179,8 +180,24 @@ def _kernels_taken_by(take: Callable[[str], Any]) -> Iterator[None]:
         yield
 
 
-def written(graph: torch.fx.GraphModule, examples: Sequence[Any]) -> str:
-    """The Python program that Inductor writes for a graph and fake ``examples`` on a CPU, for one thread."""
+def bare(graph: GraphModule) -> GraphModule:
+    """Inductor makes its own fake tensors and refuses those of another tracing."""
+    for node in graph.graph.nodes:
+        node.meta.clear()
+    return graph
+
+
+def fakes(examples: Sequence[Tensor]) -> list[Any]:
+    """Inductor caches on disk only what it compiles for fake tensors of a mode with a shape environment."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    return [mode.from_tensor(e, static_shapes=True) for e in examples]
+
+
+def written(graph: GraphModule, examples: Sequence[Tensor]) -> str:
+    """The Python program that Inductor writes for a graph and ``examples`` on a CPU, for one thread."""
     import torch._functorch.config
     from torch._inductor.graph import GraphLowering
 
@@ -195,8 +212,6 @@ def written(graph: torch.fx.GraphModule, examples: Sequence[Any]) -> str:
             save(text)
 
     options = {"fx_graph_cache": False, "cpp_wrapper": False, "cpp.threads": 1}
-    for node in graph.graph.nodes:
-        node.meta.clear()  # Inductor makes its own fake tensors and refuses those of another tracing.
     with (
         torch.no_grad(),
         # A program that is found in a cache is not written.
@@ -204,7 +219,7 @@ def written(graph: torch.fx.GraphModule, examples: Sequence[Any]) -> str:
         mock.patch.object(GraphLowering, "save_output_code", staticmethod(keep)),
         _kernels_taken_by(lambda text: lambda *_: None),
     ):
-        torch._inductor.compile(graph, list(examples), options=options)
+        torch._inductor.compile(bare(graph), fakes(examples), options=options)
     if len(texts) != 1:
         raise Unsupported(f"{len(texts)} programs for one graph")
     return texts[0]
