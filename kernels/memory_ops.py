@@ -21,9 +21,11 @@ from torch import Tensor
 from titans_graph.errors import UsageError
 from titans_graph.kernels.memory_checkpoints import SPARE, slots, spacing
 from titans_graph.kernels.memory_chunk import Form
+from titans_graph.kernels.memory_compile import FORWARD
 from titans_graph.kernels.memory_objectives import REPLACED, parse_objective
 from titans_graph.kernels.memory_products import kept_width
-from titans_graph.kernels.memory_walk import Flags, Walk, added, cut, flags_of, masked, merge, piece, split, where
+from titans_graph.kernels.memory_reverse import Reverse
+from titans_graph.kernels.memory_walk import Walk, flags_of, merge, split, where
 from titans_graph.kernels.networks import parse_network
 from titans_graph.kernels.undisturbed import undisturbed
 
@@ -119,7 +121,9 @@ def _forward(
     for slot in kept:
         slot[-SPARE:].zero_()
     at, answers, count = walk.entry_anchor, y.unbind(1), len(now)
-    for c, flags in enumerate(walk.flags):
+    c = 0
+    while c < steps:
+        flags = walk.flags[c]
         if flags.any_restart:
             now, moving = where(flags.restart, initial_weights, now), where(flags.restart, initial_momenta, moving)
         if every and c % every == 0:
@@ -127,12 +131,22 @@ def _forward(
                 # Most are already there: the chunk before wrote them.
                 if x.data_ptr() != slot[c // every].data_ptr():
                     slot[c // every].copy_(x)
-        at = now if flags.all_first else where(flags.first, now, at)
-        places: list[Tensor | None] = [answers[c] if flags.full else None, *_next_slots(kept, c, steps, every, 2 * count)]
-        part, *ends = walk.forward(c, now, moving, [*places, *(x[:, c] for x in (*scale, *products))])
-        if not flags.full:
-            answers[c].copy_(torch.where(walk.slots(c)[..., None], part, 0.0))
-        now, moving = ends[:count], ends[count : 2 * count]
+        n = walk.together(c, FORWARD)
+        if n > 1:
+            places = [_next_slots(kept, i, steps, every, 2 * count) for i in range(c, c + n)]
+            starts = walk.states([*now, *moving], places)
+            tokens = walk.token_pieces(c, n)
+            results = [[answers[c + i], *starts[i + 1], *(x[:, c + i] for x in (*scale, *products))] for i in range(n)]
+            walk.sweep(FORWARD, [[*starts[i], *tokens[i]] for i in range(n)], results)
+            at, now, moving = starts[-2][:count], starts[-1][:count], starts[-1][count:]
+        else:
+            at = now if flags.all_first else where(flags.first, now, at)
+            place: list[Tensor | None] = [answers[c] if flags.full else None, *_next_slots(kept, c, steps, every, 2 * count)]
+            part, *ends = walk.forward(c, now, moving, [*place, *(x[:, c] for x in (*scale, *products))])
+            if not flags.full:
+                answers[c].copy_(torch.where(walk.slots(c)[..., None], part, 0.0))
+            now, moving = ends[:count], ends[count : 2 * count]
+        c += n
     shaped = [x.view(*q.shape[:3], *x.shape[3:]) for x in (*scale, *products)]
     return [whole, *at, *now, *moving, *shaped[: len(scale)], *kept, *shaped[len(scale) :]]
 
@@ -154,10 +168,6 @@ def _whole(x: Tensor, like: Tensor) -> Tensor:
     result = x.new_empty(like.shape)
     result.view(x.shape).copy_(x)
     return result
-
-
-def _copy(x: Tensor) -> Tensor:
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _size(state: Sequence[Tensor]) -> int:
@@ -228,98 +238,13 @@ def backward_op(
             walk = _walk(spec, anchor, taken, valid, position)
             initial = merge(initial_weights), merge(initial_momenta)
             gap = spacing(len(walk.flags), every, sum(_size([x[0]]) for x in kept[: 2 * len(anchor)]))
-            sweep = _Sweep(walk, gap, initial, kept, merge(grads[1:]), grads[0])
-            for c in reversed(range(len(walk.flags))):
-                sweep.chunk(c)
-            results = sweep.results()
+            results = Reverse(walk, gap, initial, kept, merge(grads[1:]), grads[0]).run()
             for x in scale:
                 results[-3] *= x.view_as(results[-3])
             return results
 
     like = [*anchor, *anchor, *anchor, *initial_weights, *initial_momenta, *tokens]
     return split(undisturbed(run), like)
-
-
-class _Sweep:
-    """The reverse walk: carries the cotangents of anchor, weights and momenta, and gathers those of the tokens."""
-
-    def __init__(
-        self,
-        walk: Walk,
-        every: int,
-        initial: tuple[list[Tensor], list[Tensor]],
-        saved: list[Tensor],
-        ends: list[Tensor],
-        y: Tensor,
-    ) -> None:
-        self.walk, self.every, self.initial, self.y = walk, every, initial, cut(y, walk.chunk)
-        self.count = len(ends) // 3
-        self.states, products = saved[: 2 * self.count], saved[2 * self.count :]
-        self.products = [cut(x, walk.chunk) for x in products]
-        self.weights, self.momenta = ends[self.count : 2 * self.count], ends[2 * self.count :]
-        self.anchor: list[Tensor] | None = ends[: self.count]
-        self.initial_weights = [torch.zeros_like(x) for x in self.weights]
-        self.initial_momenta = [torch.zeros_like(x) for x in self.momenta]
-        self.tokens = [x.new_empty(x.shape[0] * x.shape[1], len(walk.flags), walk.chunk, *x.shape[3:]) for x in walk.tokens]
-        self.parts = [x.unbind(1) for x in self.tokens]
-        self.group: list[tuple[list[Tensor], list[Tensor]]] = []
-
-    def start(self, c: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Weights and momenta that chunk ``c`` starts from: a checkpoint, or recomputed from the one before."""
-        if not self.group:
-            base = c - c % self.every
-            kept = [x[base // self.every] for x in self.states]
-            now, moving = kept[: self.count], kept[self.count :]
-            self.group = [(now, moving)]
-            for i in range(base, c):
-                now, moving = self.walk.advance(i, now, moving, self.kept(i))
-                flags = self.walk.flags[i + 1]
-                if flags.any_restart:
-                    now, moving = (where(flags.restart, a, b) for a, b in zip(self.initial, (now, moving), strict=True))
-                self.group.append((now, moving))
-        return self.group.pop()
-
-    def kept(self, c: int) -> list[Tensor]:
-        """The products that forward kept of chunk ``c``: one tensor or none."""
-        return [piece(parts[c]) for parts in self.products]
-
-    def chunk(self, c: int) -> None:
-        """Carry the cotangents from the end of chunk ``c`` to its start."""
-        walk, flags, count = self.walk, self.walk.flags[c], self.count
-        inputs = walk.inputs(c, *self.start(c))
-        y = piece(self.y[c])
-        if not flags.full:
-            y = torch.where(walk.slots(c)[..., None], y, 0.0)
-        places = [parts[c] for parts in self.parts]
-        state = [None] * (len(inputs) - len(places))
-        grads = walk.backward(c, inputs, self.kept(c), [y, *self.weights, *self.momenta], count, [*state, *places])
-        if flags.resumed:
-            body_anchor, grads = grads[:count], grads[count:]
-            # In rows that begin their chunk here the anchor is the weights.
-            self.anchor = added(self.anchor, body_anchor)
-        self.weights, self.momenta = grads[:count], grads[count : 2 * count]
-        self._to_weights(flags)
-        if flags.any_restart:
-            self._to_initial(flags)
-
-    def results(self) -> list[Tensor]:
-        """All cotangents in the operator's order, every one a tensor of its own."""
-        at = self.anchor or [torch.zeros_like(x) for x in self.weights]
-        state = [*at, *self.weights, *self.momenta, *self.initial_weights, *self.initial_momenta]
-        return [*(_copy(x) for x in state), *self.tokens]
-
-    def _to_weights(self, flags: Flags) -> None:
-        """Where a chunk begins, the anchor was set from the weights, so its cotangent joins theirs."""
-        if self.anchor is None:
-            return
-        self.weights = added(self.weights, self.anchor if flags.all_first else masked(flags.first, self.anchor))
-        self.anchor = None if flags.all_first else masked(~flags.first, self.anchor)
-
-    def _to_initial(self, flags: Flags) -> None:
-        """Where a row restarts, weights and momenta were set from the initial ones."""
-        self.initial_weights = added(self.initial_weights, masked(flags.restart, self.weights))
-        self.initial_momenta = added(self.initial_momenta, masked(flags.restart, self.momenta))
-        self.weights, self.momenta = masked(~flags.restart, self.weights), masked(~flags.restart, self.momenta)
 
 
 @backward_op.register_fake

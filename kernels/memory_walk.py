@@ -14,7 +14,11 @@ from torch import Tensor
 from titans_graph.kernels.memory_chunk import Form
 from titans_graph.kernels.memory_compile import ADVANCE, FORWARD, PULLBACK, Body, body_of, compiled
 from titans_graph.kernels.memory_products import kept_width
-from titans_graph.kernels.native import run_into
+from titans_graph.kernels.native import Native, run_into
+
+TOGETHER = 8
+"""Chunks that one call of a native body runs through at most: more gain nothing, and that much is copied of the keys, queries
+and values of a component, whose heads lie side by side."""
 
 
 class Flags(NamedTuple):
@@ -75,13 +79,19 @@ def cut(x: Tensor, chunk: int) -> tuple[Tensor, ...]:
 
 
 def chunks_first(x: Tensor, chunk: int) -> tuple[Tensor, ...]:
-    """``[B, H, G]`` as one contiguous ``[B, H, C]`` per chunk."""
-    return x.view(*x.shape[:2], x.shape[2] // chunk, chunk).movedim(2, 0).contiguous().unbind(0)
+    """``[B, H, G]`` as one contiguous ``[N, C]`` per chunk."""
+    return x.view(*x.shape[:2], x.shape[2] // chunk, chunk).movedim(2, 0).flatten(1, 2).contiguous().unbind(0)
 
 
 def piece(part: Tensor) -> Tensor:
     """One chunk of :func:`cut` as ``[N, C, ...]``: a view, or a copy of that chunk where rows do not lie at one distance."""
     return part.flatten(0, 1)
+
+
+def pieces(x: Tensor, chunk: int, c: int, count: int) -> tuple[Tensor, ...]:
+    """``count`` chunks of ``[B, H, G, d]`` from chunk ``c`` on, ``[N, C, d]`` each with dense rows: views, or of one copy."""
+    part = x.view(*x.shape[:2], x.shape[2] // chunk, chunk, x.shape[3])[:, :, c : c + count].flatten(0, 1)
+    return (part if part.stride()[2:] == (x.shape[3], 1) else part.contiguous()).unbind(1)
 
 
 class Walk:
@@ -104,11 +114,13 @@ class Walk:
         self.form, self.compiled, self.chunk, self.flags = form, use_compiled, chunk, flags
         self.entry_anchor, self.tokens = entry_anchor, tokens
         # Gates are small: all chunks' copies at once. Of keys, queries and values a chunk at a time, to save memory.
-        self._cut = [cut(x, chunk) if x.dim() == 4 else chunks_first(x, chunk) for x in tokens]
+        self._vectors = [cut(x, chunk) for x in tokens[:-3]]
+        self._gates = [chunks_first(x, chunk) for x in tokens[-3:]]
         rows = valid.view(valid.shape[0], len(flags), chunk).transpose(0, 1).repeat_interleave(tokens[0].shape[1], 1)
         self._slots = rows.contiguous().unbind(0)
         self.width = kept_width(form.network, tokens[0].shape[3], chunk, form.read)
         self._bodies: dict[tuple[str, bool], Body] = {}
+        self._turns: list[list[Tensor]] = []
 
     def slots(self, c: int) -> Tensor:
         """Which slots of chunk ``c`` are valid, ``[N, C]``."""
@@ -116,11 +128,59 @@ class Walk:
 
     def inputs(self, c: int, weights: list[Tensor], momenta: list[Tensor]) -> list[Tensor]:
         """The differentiable arguments of chunk ``c``'s body."""
-        state = [*weights, *momenta, *(piece(parts[c]) for parts in self._cut)]
+        vectors = [piece(parts[c]) for parts in self._vectors]
+        state = [*weights, *momenta, *vectors, *(parts[c] for parts in self._gates)]
         if not self.flags[c].resumed:
             return state
         # A row with tokens in a chunk it did not begin is in its first chunk of this call: its anchor is the entry's.
         return [*where(self.flags[c].first, weights, self.entry_anchor), *state]
+
+    def together(self, c: int, kind: str, *, backward: bool = False) -> int:
+        """How many chunks from ``c`` on, or down from it, one call of a native body of ``kind`` can run; 1 where none can.
+
+        Such chunks are full and begun in every row; where rows restart, their weights are exchanged before the body.
+        """
+        if not isinstance(self._bodies.get((kind, False)), Native):
+            return 1
+        count = 0
+        for flags in self.flags[c::-1] if backward else self.flags[c:]:
+            if count == TOGETHER or not (flags.all_first and flags.full) or flags.resumed:
+                break
+            if flags.any_restart and (backward or count):
+                count += backward
+                break
+            count += 1
+        return max(count, 1)
+
+    def token_pieces(self, c: int, count: int) -> list[list[Tensor]]:
+        """The token arguments of ``count`` chunks from ``c`` on, with dense rows."""
+        vectors = [pieces(x, self.chunk, c, count) for x in self.tokens[:-3]]
+        return [
+            [*(parts[i] for parts in vectors), *(parts[c + i] for parts in self._gates), self._slots[c + i]]
+            for i in range(count)
+        ]
+
+    def states(self, first: list[Tensor], places: Sequence[Sequence[Tensor | None]]) -> list[list[Tensor]]:
+        """The state before each of some chunks and after the last, ``first`` being the one before all of them.
+
+        ``places``: where what is after each chunk goes. What has none goes to two places of the walk in turns, and stays there
+        until the next call of this.
+        """
+        result = [first]
+        for place in places:
+            if any(x is None for x in place):
+                if len(self._turns) < 2:
+                    self._turns.append([torch.empty_like(x) for x in first])
+                else:
+                    self._turns.reverse()
+            result.append([self._turns[-1][i] if x is None else x for i, x in enumerate(place)])
+        return result
+
+    def sweep(self, kind: str, args: list[list[Tensor]], out: list[list[Tensor]]) -> None:
+        """Calls of the native body of ``kind`` one after the other, as :meth:`together` allows."""
+        body = self._bodies[kind, False]
+        assert isinstance(body, Native)
+        body.sweep(args, out)
 
     def forward(self, c: int, weights: list[Tensor], momenta: list[Tensor], out: Sequence[Tensor | None] = ()) -> list[Tensor]:
         """Run chunk ``c``: ``[y [N, C, d], weights'.., momenta'.., scale [N, C] if bounded, products [N, C, K] if K > 0]``.

@@ -101,11 +101,10 @@ class Native:
         self.space = source.space
         self.results = [(tuple(s), (prod(s), *dense_strides(s)), TYPES[kind]) for s, kind in source.results]
         self._strides = [a.stride()[1:] for a in examples]
-        n, m = len(examples), len(self.results)
-        self._in, self._out, self._steps = ctypes.c_void_p * n, ctypes.c_void_p * m, ctypes.c_int64 * (n + m)
+        self._dense = [stride[1:] for _, stride, _ in self.results]
         self._run = CppCodeCache.load(source.text).run
         number, address = ctypes.c_int64, ctypes.c_void_p
-        self._run.argtypes = [self._in, self._out, self._steps, number, number, address, number]
+        self._run.argtypes = [address, address, number, number, number, address, number]
         self._run.restype = None
 
     def __call__(self, *args: Tensor, out: Sequence[Tensor | None] = ()) -> list[Tensor]:
@@ -119,12 +118,34 @@ class Native:
             _empty((rows, *shape), stride, dtype) if given is None else given
             for (shape, stride, dtype), given in zip_longest(self.results, out)
         ]
-        threads = 1 if rows < 2 else min(rows, torch.get_num_threads())
-        space = _space(threads * self.space)
-        inputs, outputs = self._in(*[a.data_ptr() for a in dense]), self._out(*[r.data_ptr() for r in results])
-        steps = self._steps(*[a.stride(0) for a in dense], *[r.stride(0) for r in results])
-        self._run(inputs, outputs, steps, rows, threads, space, self.space)
+        self._call([dense], [results])
         return results
+
+    def sweep(self, args: Sequence[Sequence[Tensor]], out: Sequence[Sequence[Tensor]]) -> None:
+        """Several calls: ``out[i]`` takes the results of ``args[i]``, and may be among ``args[i + 1]``.
+
+        A row goes through all calls before the next row does: what one call leaves for the next is still in the caches, and
+        threads wait for each other once. Rows must be dense, and in all calls as far apart as in the first.
+        """
+        for tensors, rows in ((zip(*args, strict=True), self._strides), (zip(*out, strict=True), self._dense)):
+            for calls, strides in zip(tensors, rows, strict=True):
+                if not all(_lies(t, (calls[0].stride(0), *strides)) for t in calls):
+                    raise ValueError("calls of one sweep need dense rows, in every call as far apart as in the first")
+        self._call(args, out)
+
+    def _call(self, args: Sequence[Sequence[Tensor]], out: Sequence[Sequence[Tensor]]) -> None:
+        calls, rows, width = len(args), args[0][0].shape[0], len(args[0]) + len(out[0])
+        places = [t.data_ptr() for pair in zip(args, out, strict=True) for tensors in pair for t in tensors]
+        table = (ctypes.c_void_p * (calls * width))(*places)
+        steps = (ctypes.c_int64 * width)(*[t.stride(0) for tensors in (args[0], out[0]) for t in tensors])
+        threads = 1 if rows < 2 else min(rows, torch.get_num_threads())
+        self._run(table, steps, rows, calls, threads, _space(threads * self.space), self.space)
+
+
+def _lies(x: Tensor, strides: Sequence[int]) -> bool:
+    """Whether a tensor has these strides, as far as it has more than one entry along a dimension."""
+    have = x.stride()
+    return have == strides or all(s == h or n == 1 for s, h, n in zip(strides, have, x.shape, strict=True))
 
 
 def run_into(body: Callable[..., Sequence[Tensor]], args: Sequence[Tensor], out: Sequence[Tensor | None]) -> list[Tensor]:

@@ -129,12 +129,19 @@ static void sum_of_products(Product<T>* terms, int count, T* out, int64_t rows, 
   if (n < columns) strip<T, 1, false>(terms, count, n, out, rows, columns, columns - n);
 }
 
-// Sums over the rows up to and with each: out[i] = x[0] + ... + x[i], `columns` values a row, out without gaps.
+// Sums over the rows up to and with each: out[i] = x[0] + ... + x[i], `columns` values a row, out without gaps. A vector of columns
+// at a time, its sum in a register.
 template <typename T>
 static void running_sum(const T* x, int64_t stride, T* out, int64_t rows, int64_t columns) {
-  for (int64_t j = 0; j < columns; j++) out[j] = x[j];
-  for (int64_t i = 1; i < rows; i++)
-    for (int64_t j = 0; j < columns; j++) out[i * columns + j] = out[(i - 1) * columns + j] + x[i * stride + j];
+  constexpr int64_t L = Vec<T>::size();
+  for (int64_t j = 0; j < columns; j += L) {
+    const int64_t rest = std::min(L, columns - j);
+    Vec<T> sum(T(0));
+    for (int64_t i = 0; i < rows; i++) {
+      sum = sum + (rest == L ? Vec<T>::loadu(x + i * stride + j) : Vec<T>::loadu(x + i * stride + j, rest));
+      rest == L ? sum.store(out + i * columns + j) : sum.store(out + i * columns + j, rest);
+    }
+  }
 }
 
 }  // namespace titans_graph

@@ -43,8 +43,9 @@ def header() -> str:
 def source_of(program: Program) -> Source:
     """The C++ function of a program recorded for one row.
 
-    ``run(arguments, results, steps, rows, threads, spaces, bytes)``: addresses of the arguments and results; ``steps``: entries
-    from one row to the next for all of both; work spaces of ``bytes`` for each thread.
+    ``run(table, steps, rows, calls, threads, spaces, bytes)``: ``table`` has the addresses of the arguments and then of the
+    results of every call; ``steps``: entries from one row to the next for all of both; work spaces of ``bytes`` a thread.
+    A row goes through all calls before the next row does.
     """
     writer = _Writer(program)
     loop = "\n".join(f"    {line}" for step in program.steps for line in writer.step(step))
@@ -53,15 +54,19 @@ def source_of(program: Program) -> Source:
 #include <cstring>
 {header()}
 {writer.kernels()}
-extern "C" void run(const void* const* in, void* const* out, const int64_t* in_step, int64_t rows, int64_t threads,
-                    char* spaces, int64_t bytes) {{
+extern "C" void run(void* const* table, const int64_t* in_step, int64_t rows, int64_t calls, int64_t threads, char* spaces,
+                    int64_t bytes) {{
   const int64_t* out_step = in_step + {program.arguments};
   using namespace titans_graph;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t r = 0; r < rows; r++) {{
     char* space = spaces + omp_get_thread_num() * bytes;
+    for (int64_t c = 0; c < calls; c++) {{
+    void* const* in = table + c * {program.arguments + len(program.results)};
+    void* const* out = in + {program.arguments};
 {loop}
 {copies}
+    }}
   }}
 }}
 """
