@@ -27,7 +27,9 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from titans_graph.kernels import native_pieces
 from titans_graph.kernels.native_graph import gather_products
+from titans_graph.kernels.native_pieces import in_pieces
 from titans_graph.kernels.native_program import Unsupported, dense_strides, record, written
 from titans_graph.kernels.native_source import C_TYPES, Source, source_of
 
@@ -37,7 +39,15 @@ TYPES = {name: kind for kind, name in C_TYPES.items()}
 
 _LOADED: dict[str, Native] = {}
 
-_FILES = ("native.py", "native_graph.py", "native_products.h", "native_program.py", "native_source.py")
+_FILES = (
+    "native.py",
+    "native_graph.py",
+    "native_pieces.h",
+    "native_pieces.py",
+    "native_products.h",
+    "native_program.py",
+    "native_source.py",
+)
 
 CODE = "".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in _FILES)
 """This code, as it was when it was loaded: what it wrote is not to be found by any other."""
@@ -60,12 +70,15 @@ def native(body: Callable[..., Sequence[Tensor]], args: Sequence[Tensor]) -> Nat
         if key not in _LOADED:
             source = _read(key)
             if source is None:
-                source = source_of(record(written(graph, ones), ones))
+                program = record(written(graph, ones), ones)
+                source = source_of(in_pieces(program) if native_pieces.available() else program)
                 _write(key, source)
             _LOADED[key] = Native(source, ones)
         return _LOADED[key]
     except Exception as problem:  # Inductor's insides differ between versions, and it is not needed.
-        log.info("memory_scan: no native body (%s: %s); Inductor's own", type(problem).__name__, problem)
+        # Of what a compiler says, the last line.
+        reason = str(problem).strip().rpartition("\n")[2]
+        log.info("memory_scan: no native body (%s: %s); Inductor's own", type(problem).__name__, reason)
         return None
 
 
@@ -184,7 +197,7 @@ def _key(graph: torch.fx.GraphModule, args: Sequence[Tensor]) -> str:
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     kinds = [(str(a.dtype), tuple(a.shape)) for a in args]
-    parts = [torch.__version__, str(pick_vec_isa()), graph.code, repr(kinds), CODE]
+    parts = [torch.__version__, str(pick_vec_isa()), str(native_pieces.available()), graph.code, repr(kinds), CODE]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:40]
 
 

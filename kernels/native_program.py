@@ -20,6 +20,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+HEAD = 'extern "C"  void  kernel('
+"""How a kernel of Inductor begins."""
+
 
 class Unsupported(Exception):
     """A graph needs something that is not known here."""
@@ -83,7 +86,42 @@ class RunningSum(NamedTuple):
         return self
 
 
-Step = Call | Sum | RunningSum
+class Pack(NamedTuple):
+    """``out`` = the pieces of ``x``, or of its negative, one side of a product, as native_pieces.h packs them.
+
+    ``along``: whether the inner index runs along the rows in memory, which are ``stride`` entries apart.
+    """
+
+    x: Value
+    out: Value
+    left: bool
+    minus: bool
+    along: bool
+    stride: int
+    outer: int
+    inner: int
+
+    @property
+    def values(self) -> tuple[Value, ...]:
+        """All that it reads and writes."""
+        return self.x, self.out
+
+
+class PackedSum(NamedTuple):
+    """``out = sum of left @ right``, both packed; ``deep``: tiles along the inner index of each."""
+
+    left: tuple[Value, ...]
+    right: tuple[Value, ...]
+    deep: tuple[int, ...]
+    out: Value
+
+    @property
+    def values(self) -> tuple[Value, ...]:
+        """All that it reads and writes."""
+        return *self.left, *self.right, self.out
+
+
+Step = Call | Sum | RunningSum | Pack | PackedSum
 
 
 @dataclass
@@ -104,6 +142,16 @@ class Program:
     def dense(self, size: Sequence[int], dtype: torch.dtype) -> Value:
         """A value without gaps in a storage of its own."""
         return self.new(size, dense_strides(size), dtype)
+
+    def written_by(self, step: Step) -> set[int]:
+        """The slots that a step changes."""
+        if not isinstance(step, Call):
+            return {step.out.slot}
+        parameters = self.kernels[step.kernel].partition(HEAD)[2].partition(")")[0].split(",")
+        if len(parameters) != len(step.values):
+            return {v.slot for v in step.values}
+        constant = (p.strip().startswith("const ") for p in parameters)
+        return {v.slot for v, fixed in zip(step.values, constant, strict=True) if not fixed}
 
 
 def record(source: str, arguments: Sequence[Tensor]) -> Program:

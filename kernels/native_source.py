@@ -15,15 +15,15 @@ from typing import NamedTuple
 
 import torch
 
-from titans_graph.kernels.native_program import Call, Program, RunningSum, Step, Sum, Unsupported, Value
+from titans_graph.kernels.native_program import HEAD, Call, Pack, PackedSum, Program, RunningSum, Step, Sum, Unsupported, Value
 
-C_TYPES = {torch.float32: "float", torch.float64: "double", torch.bool: "bool", torch.int64: "int64_t"}
+C_TYPES = {torch.float32: "float", torch.float64: "double", torch.bool: "bool", torch.int64: "int64_t", torch.bfloat16: "char"}
+"""Types of values; packed pieces are read by the tile."""
 
 LINE = 64
 """Bytes of a cache line: where every value begins."""
 
 PREFIX = "#include <torch/csrc/inductor/cpp_prefix.h>"
-HEAD = 'extern "C"  void  kernel('
 
 
 class Source(NamedTuple):
@@ -35,9 +35,9 @@ class Source(NamedTuple):
 
 
 @cache
-def header() -> str:
-    """The C++ text of the products."""
-    return Path(__file__).with_name("native_products.h").read_text().replace("#pragma once\n", "")
+def header(name: str) -> str:
+    """The C++ text of native_``name``.h."""
+    return Path(__file__).with_name(f"native_{name}.h").read_text().replace("#pragma once\n", "")
 
 
 def source_of(program: Program) -> Source:
@@ -50,9 +50,11 @@ def source_of(program: Program) -> Source:
     writer = _Writer(program)
     loop = "\n".join(f"    {line}" for step in program.steps for line in writer.step(step))
     copies = "\n".join(f"    {line}" for line in writer.copies())
+    tiled = any(isinstance(step, PackedSum) for step in program.steps)
     text = f"""{PREFIX}
 #include <cstring>
-{header()}
+{header("products")}
+{header("pieces") if tiled else ""}
 {writer.kernels()}
 extern "C" void run(void* const* table, const int64_t* in_step, int64_t rows, int64_t calls, int64_t threads, char* spaces,
                     int64_t bytes) {{
@@ -61,12 +63,14 @@ extern "C" void run(void* const* table, const int64_t* in_step, int64_t rows, in
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t r = 0; r < rows; r++) {{
     char* space = spaces + omp_get_thread_num() * bytes;
+    {"begin_tiles();" if tiled else ""}
     for (int64_t c = 0; c < calls; c++) {{
     void* const* in = table + c * {program.arguments + len(program.results)};
     void* const* out = in + {program.arguments};
 {loop}
 {copies}
     }}
+    {"end_tiles();" if tiled else ""}
   }}
 }}
 """
@@ -154,6 +158,14 @@ class _Writer:
                 yield f"for (int64_t g = 0; g < {x.size[0] if len(x.size) > 2 else 1}; g++)"
                 sides = [self.matrix(v) for v in (x, out)]
                 yield f"  running_sum({sides[0]}, {x.stride[-2]}, {sides[1]}, {x.size[-2]}, {x.size[-1]});"
+            case Pack(x, out, left, minus, along, stride, outer, inner):
+                kind = ", ".join("true" if flag else "false" for flag in (left, along, minus))
+                yield f"pack<{kind}>({self.pointer(x)}, {stride}, {self.pointer(out)}, {outer}, {inner});"
+            case PackedSum(left, right, deep, out):
+                packs = zip(left, right, deep, strict=True)
+                terms = ", ".join(f"{{{self.pointer(a)}, {self.pointer(b)}, {d}}}" for a, b, d in packs)
+                yield f"{{ const Pieces terms[] = {{{terms}}};"
+                yield f"  sum_of_pieces(terms, {len(deep)}, {self.pointer(out)}, {out.size[1]}, {out.size[2]}); }}"
 
     def _term(self, step: Sum, i: int) -> str:
         a, b = step.left[i], step.right[i]

@@ -272,12 +272,12 @@ MEMORY = (
     defect(
         "initial weights get no gradient at a seam",
         "documents after the first do not train where memories start",
-        ("kernels.memory_ops:_Sweep.chunk", "if flags.any_restart:", "if flags.any_restart and c == 0:"),
+        ("kernels.memory_reverse:Reverse.chunk", "if flags.any_restart:", "if flags.any_restart and c == 0:"),
     ),
     defect(
         "checkpoint of the wrong chunk",
         "backward runs a chunk from the state that the one before it started from",
-        ("kernels.memory_ops:_Sweep.start", "x[base // self.every]", "x[max(0, base // self.every - 1)]"),
+        ("kernels.memory_reverse:Reverse.start", "x[base // self.every]", "x[max(0, base // self.every - 1)]"),
     ),
     defect(
         "phase of the memory function off by one",
