@@ -124,7 +124,9 @@ def _forward(
     c = 0
     while c < steps:
         flags = walk.flags[c]
-        if flags.any_restart:
+        if flags.all_restart:
+            now, moving = initial_weights, initial_momenta
+        elif flags.any_restart:
             now, moving = where(flags.restart, initial_weights, now), where(flags.restart, initial_momenta, moving)
         if every and c % every == 0:
             for slot, x in zip(kept, (*now, *moving), strict=True):

@@ -29,8 +29,8 @@ class Reverse:
         self.states, self.products = saved[: 2 * self.count], saved[2 * self.count :]
         self.weights, self.momenta = ends[self.count : 2 * self.count], ends[2 * self.count :]
         self.anchor: list[Tensor] | None = ends[: self.count]
-        self.initial_weights = [torch.zeros_like(x) for x in self.weights]
-        self.initial_momenta = [torch.zeros_like(x) for x in self.momenta]
+        self.initial_weights: list[Tensor] | None = None
+        self.initial_momenta: list[Tensor] | None = None
         self.tokens = [x.new_empty(x.shape[0] * x.shape[1], len(walk.flags), walk.chunk, *x.shape[3:]) for x in walk.tokens]
         self.parts = [x.unbind(1) for x in self.tokens]
         self.group: list[tuple[list[Tensor], list[Tensor]]] = []
@@ -107,9 +107,10 @@ class Reverse:
 
     def results(self) -> list[Tensor]:
         """All cotangents in the operator's order, every one a tensor of its own."""
-        at = self.anchor or [torch.zeros_like(x) for x in self.weights]
-        state = [*at, *self.weights, *self.momenta, *self.initial_weights, *self.initial_momenta]
-        return [*(x.clone(memory_format=torch.contiguous_format) for x in state), *self.tokens]
+        zeros = [torch.zeros_like(x) for x in self.weights]
+        unowned = self.anchor or zeros, self.weights, self.momenta, self.initial_weights or zeros, self.initial_momenta or zeros
+        state = [x.clone(memory_format=torch.contiguous_format) for values in unowned for x in values]
+        return [*state, *self.tokens]
 
     def _to_weights(self, flags: Flags) -> None:
         """Where a chunk begins, the anchor was set from the weights, so its cotangent joins theirs."""
@@ -120,6 +121,11 @@ class Reverse:
 
     def _to_initial(self, flags: Flags) -> None:
         """Where a row restarts, weights and momenta were set from the initial ones."""
-        self.initial_weights = added(self.initial_weights, masked(flags.restart, self.weights))
-        self.initial_momenta = added(self.initial_momenta, masked(flags.restart, self.momenta))
-        self.weights, self.momenta = masked(~flags.restart, self.weights), masked(~flags.restart, self.momenta)
+        if flags.all_restart:
+            # Copies, because the places of a walk's states are used again.
+            weights, momenta = ([x.clone() for x in values] for values in (self.weights, self.momenta))
+            self.weights = self.momenta = [torch.zeros_like(x) for x in weights]
+        else:
+            weights, momenta = masked(flags.restart, self.weights), masked(flags.restart, self.momenta)
+            self.weights, self.momenta = masked(~flags.restart, self.weights), masked(~flags.restart, self.momenta)
+        self.initial_weights, self.initial_momenta = added(self.initial_weights, weights), added(self.initial_momenta, momenta)

@@ -24,7 +24,8 @@ and values of a component, whose heads lie side by side."""
 class Flags(NamedTuple):
     """What the rows do at one chunk; the booleans are read on the host once a call.
 
-    ``first`` and ``restart`` are ``[N]``. ``all_first``: every row begins a chunk. ``any_restart``: some row restarts.
+    ``first`` and ``restart`` are ``[N]``. ``all_first``: every row begins a chunk. ``any_restart``: some row restarts,
+    ``all_restart``: every row does.
     ``resumed``: some row has tokens here whose chunk began in an earlier call. ``full``: every slot holds a token.
     """
 
@@ -34,6 +35,7 @@ class Flags(NamedTuple):
     any_restart: bool
     resumed: bool
     full: bool
+    all_restart: bool = False
 
 
 def flags_of(valid: Tensor, position: Tensor, chunk: int, heads: int) -> list[Flags]:
@@ -43,7 +45,7 @@ def flags_of(valid: Tensor, position: Tensor, chunk: int, heads: int) -> list[Fl
     restart = first & (position[:, ::chunk] == 0)
     slots = valid.view(batch, valid.shape[1] // chunk, chunk)
     late = ~first & slots.any(-1)
-    host = torch.stack([first.all(0), restart.any(0), late.any(0), slots.all(-1).all(0)], 1).tolist()
+    host = torch.stack([first.all(0), restart.any(0), late.any(0), slots.all(-1).all(0), restart.all(0)], 1).tolist()
     rows = torch.stack([first, restart]).repeat_interleave(heads, 1).unbind(-1)
     return [Flags(r[0], r[1], *h) for r, h in zip(rows, host, strict=True)]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.test_memory_cases import Case, assert_close, gradients, make
+from tests.kernels.test_memory_cases import GRADIENT_BAR, Case, assert_close, call, gradients, make
 from titans_graph.kernels import memory_walk
 from titans_graph.kernels.memory import memory_scan
 from titans_graph.kernels.memory_checkpoints import AUTOMATIC
@@ -23,11 +23,11 @@ MLP = {"mlp": {"hidden": 4, "activation": "gelu"}}
 def all_of(case: Case, every: int, together: int, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], list[int]]:
     """All results and gradients of a case, and how many chunks every call of a body ran through."""
     calls: list[int] = []
-    call = Native._call
+    run = Native._call
 
     def counted(self: Native, args: Any, out: Any) -> None:
         calls.append(len(args))
-        call(self, args, out)
+        run(self, args, out)
 
     monkeypatch.setattr(memory_walk, "TOGETHER", together)
     monkeypatch.setattr(Native, "_call", counted)
@@ -36,7 +36,7 @@ def all_of(case: Case, every: int, together: int, monkeypatch: pytest.MonkeyPatc
     y, *ends = run_scan(*static, *case.state.values(), *case.tokens.values(), case.valid, case.position, **options)
     results = [y, *(x for end in ends for x in end)]
     found = [*results, *gradients(case, results)]
-    monkeypatch.setattr(Native, "_call", call)
+    monkeypatch.setattr(Native, "_call", run)
     return found, calls
 
 
@@ -47,6 +47,11 @@ def plain(case: Case) -> None:
 def restarting(case: Case) -> None:
     """One row begins a new sequence at the fourth chunk."""
     case.position[1] = (torch.arange(44) - 12) % 44
+
+
+def all_restarting(case: Case) -> None:
+    """All rows begin a new sequence at the sixth chunk."""
+    case.position[:] = (torch.arange(44) - 20) % 44
 
 
 def ragged(case: Case) -> None:
@@ -69,6 +74,8 @@ def apart(case: Case) -> None:
         (plain, 3, "chunk", 2),
         (restarting, AUTOMATIC, "before", 2),
         (restarting, 4, "after", 2),
+        (all_restarting, AUTOMATIC, "after", 2),
+        (all_restarting, 4, "after", 2),
         (ragged, AUTOMATIC, "after", 2),
         (ragged, 2, "after", 2),
         (apart, AUTOMATIC, "after", 2),
@@ -83,8 +90,9 @@ def test_the_same_as_one_at_a_time(change: Any, every: int, read: str, rows: int
     assert set(single) == {1}
     assert 1 < max(joined) <= 5
     assert sum(joined) == sum(single)
-    # The same code on the same numbers; only what is not stored twice can be rounded twice.
-    assert_close(got, want, 1e-14)
+    assert_close(got, want, 1e-13)
+    truth = call(case, "reference")
+    assert_close(got, [*truth, *gradients(case, truth)], GRADIENT_BAR)
 
 
 def test_nothing_is_written_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
