@@ -7,9 +7,11 @@ second has, and at last every fourth, whatever that takes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 AUTOMATIC = -1
 """The spacing is chosen by the rule above."""
@@ -21,6 +23,11 @@ WIDEST = 4
 
 SPARE = 1
 """Slots for checkpoints that are never used: a compiled region would be specialised on a size of 1."""
+
+
+def size_of(state: Sequence[Tensor]) -> int:
+    """Bytes of all tensors of a checkpoint."""
+    return sum(x.numel() * x.element_size() for x in state)
 
 
 def spacing(steps: int, every: int, size: int) -> int:

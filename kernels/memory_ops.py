@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from titans_graph.errors import UsageError
-from titans_graph.kernels.memory_checkpoints import SPARE, slots, spacing
+from titans_graph.kernels.memory_checkpoints import size_of, slots, spacing
 from titans_graph.kernels.memory_chunk import Form
-from titans_graph.kernels.memory_compile import FORWARD
+from titans_graph.kernels.memory_forward import Forward
 from titans_graph.kernels.memory_objectives import REPLACED, parse_objective
 from titans_graph.kernels.memory_products import kept_width
 from titans_graph.kernels.memory_reverse import Reverse
-from titans_graph.kernels.memory_walk import Walk, flags_of, merge, split, where
+from titans_graph.kernels.memory_walk import Walk, flags_of, merge, split
 from titans_graph.kernels.networks import parse_network
 from titans_graph.kernels.undisturbed import undisturbed
 
@@ -94,71 +94,12 @@ def scan_op(
     def run() -> list[Tensor]:
         with torch.no_grad(), torch.autocast(weights[0].device.type, enabled=False):
             walk = _walk(spec, anchor, tokens, valid, position)
-            return _forward(walk, every, merge(weights), merge(momenta), merge(initial_weights), merge(initial_momenta))
+            initial = merge(initial_weights), merge(initial_momenta)
+            return Forward(walk, every, merge(weights), merge(momenta), initial).run()
 
     y, *rest = undisturbed(run)
     n = 3 * len(weights)
     return [y, *(_whole(x, like) for x, like in zip(rest[:n], (*anchor, *weights, *momenta), strict=True)), *rest[n:]]
-
-
-def _forward(
-    walk: Walk,
-    every: int,
-    now: list[Tensor],
-    moving: list[Tensor],
-    initial_weights: list[Tensor],
-    initial_momenta: list[Tensor],
-) -> list[Tensor]:
-    """The walk over all chunks: ``[y [B, H, G, d], anchor.., weights.., momenta.., saved..]``, states ``[N, *shape]``."""
-    q, chunk, steps = walk.tokens[0], walk.chunk, len(walk.flags)
-    whole = q.new_empty(q.shape)
-    y = whole.view(q.shape[0] * q.shape[1], steps, chunk, q.shape[3])
-    scale = [y.new_empty(y.shape[:3])] if every and walk.form.bounded else []
-    size = _size((*now, *moving))
-    kept = [x.new_empty(slots(steps, every, size), *x.shape) for x in (*now, *moving)] if every else []
-    products = [y.new_empty(*y.shape[:3], walk.width)] if every and walk.width else []
-    every = spacing(steps, every, size)
-    for slot in kept:
-        slot[-SPARE:].zero_()
-    at, answers, count = walk.entry_anchor, y.unbind(1), len(now)
-    c = 0
-    while c < steps:
-        flags = walk.flags[c]
-        if flags.all_restart:
-            now, moving = initial_weights, initial_momenta
-        elif flags.any_restart:
-            now, moving = where(flags.restart, initial_weights, now), where(flags.restart, initial_momenta, moving)
-        if every and c % every == 0:
-            for slot, x in zip(kept, (*now, *moving), strict=True):
-                # Most are already there: the chunk before wrote them.
-                if x.data_ptr() != slot[c // every].data_ptr():
-                    slot[c // every].copy_(x)
-        n = walk.together(c, FORWARD)
-        if n > 1:
-            places = [_next_slots(kept, i, steps, every, 2 * count) for i in range(c, c + n)]
-            starts = walk.states([*now, *moving], places)
-            tokens = walk.token_pieces(c, n)
-            results = [[answers[c + i], *starts[i + 1], *(x[:, c + i] for x in (*scale, *products))] for i in range(n)]
-            walk.sweep(FORWARD, [[*starts[i], *tokens[i]] for i in range(n)], results)
-            at, now, moving = starts[-2][:count], starts[-1][:count], starts[-1][count:]
-        else:
-            at = now if flags.all_first else where(flags.first, now, at)
-            place: list[Tensor | None] = [answers[c] if flags.full else None, *_next_slots(kept, c, steps, every, 2 * count)]
-            part, *ends = walk.forward(c, now, moving, [*place, *(x[:, c] for x in (*scale, *products))])
-            if not flags.full:
-                answers[c].copy_(torch.where(walk.slots(c)[..., None], part, 0.0))
-            now, moving = ends[:count], ends[count : 2 * count]
-        c += n
-    shaped = [x.view(*q.shape[:3], *x.shape[3:]) for x in (*scale, *products)]
-    return [whole, *at, *now, *moving, *shaped[: len(scale)], *kept, *shaped[len(scale) :]]
-
-
-def _next_slots(kept: list[Tensor], c: int, steps: int, every: int, count: int) -> list[Tensor | None]:
-    """Where chunk ``c`` may write the ``count`` weights and momenta after it: the checkpoint of chunk ``c + 1``, if any."""
-    after = c + 1
-    if not every or after == steps or after % every:
-        return [None] * count
-    return [slot[after // every] for slot in kept]
 
 
 def _whole(x: Tensor, like: Tensor) -> Tensor:
@@ -170,11 +111,6 @@ def _whole(x: Tensor, like: Tensor) -> Tensor:
     result = x.new_empty(like.shape)
     result.view(x.shape).copy_(x)
     return result
-
-
-def _size(state: Sequence[Tensor]) -> int:
-    """Bytes of all tensors of a checkpoint."""
-    return sum(x.numel() * x.element_size() for x in state)
 
 
 @scan_op.register_fake
@@ -200,7 +136,7 @@ def _(
     scale = [q.new_empty(q.shape[:3])] if every and bounded else []
     kept = []
     if every:
-        count = slots(q.shape[2] // chunk, every, _size((*weights, *momenta)))
+        count = slots(q.shape[2] // chunk, every, size_of((*weights, *momenta)))
         kept = [x.new_empty(count, x.shape[0] * x.shape[1], *x.shape[2:]) for x in (*weights, *momenta)]
         width = kept_width(form_of(network, objective, read, bounded).network, q.shape[3], chunk, read)
         if width:
@@ -239,7 +175,7 @@ def backward_op(
             taken = [*tokens[:3], *(tokens[3] * x for x in scale), *tokens[3 + len(scale) :]]
             walk = _walk(spec, anchor, taken, valid, position)
             initial = merge(initial_weights), merge(initial_momenta)
-            gap = spacing(len(walk.flags), every, sum(_size([x[0]]) for x in kept[: 2 * len(anchor)]))
+            gap = spacing(len(walk.flags), every, sum(size_of([x[0]]) for x in kept[: 2 * len(anchor)]))
             results = Reverse(walk, gap, initial, kept, merge(grads[1:]), grads[0]).run()
             for x in scale:
                 results[-3] *= x.view_as(results[-3])

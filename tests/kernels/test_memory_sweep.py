@@ -13,11 +13,13 @@ from titans_graph.kernels import memory_walk
 from titans_graph.kernels.memory import memory_scan
 from titans_graph.kernels.memory_checkpoints import AUTOMATIC
 from titans_graph.kernels.memory_compile import FORWARD, PULLBACK
+from titans_graph.kernels.memory_products import kept_width
 from titans_graph.kernels.memory_walk import Flags, Walk, pieces
 from titans_graph.kernels.native import Native
+from titans_graph.kernels.networks import parse_network
 
 run_scan: Any = memory_scan  # Called with unpacked lists, which no checker follows.
-MLP = {"mlp": {"hidden": 4, "activation": "gelu"}}
+MLP = {"mlp": {"hidden": 16, "activation": "gelu"}}
 
 
 def all_of(case: Case, every: int, together: int, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], list[int]]:
@@ -95,9 +97,12 @@ def test_the_same_as_one_at_a_time(change: Any, every: int, read: str, rows: int
     assert_close(got, [*truth, *gradients(case, truth)], GRADIENT_BAR)
 
 
-def test_nothing_is_written_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.compile
+@pytest.mark.parametrize(("hidden", "bounded", "width"), [(4, False, 0), (16, False, 13), (4, True, 0), (16, True, 13)])
+def test_without_gradients(hidden: int, bounded: bool, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """No checkpoints: the state of a stretch goes to two places in turns, and the last of them is what comes out."""
-    case = make(MLP, slots=44, chunk=4)
+    case = make({"mlp": {"hidden": hidden}}, slots=44, chunk=4, bounded=bounded)
+    assert kept_width(parse_network(case.network), 3, 4, "after") == width
     static = case.network, case.objective, case.read, case.chunk, case.bounded
     found = []
     for together in (1, 4):

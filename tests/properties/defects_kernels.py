@@ -144,9 +144,9 @@ MEMORY = (
         "anchor late by one chunk",
         "a state between calls holds the weights at which the chunk before took its gradients",
         (
-            "kernels.memory_ops:_forward",
-            "at = now if flags.all_first else where(flags.first, now, at)",
-            "at = now if c + 1 < len(walk.flags) else at",
+            "kernels.memory_forward:Forward.chunk",
+            "at = self.weights if flags.all_first else where(flags.first, self.weights, self.anchor)",
+            "at = self.weights if c + 1 < self.steps else self.anchor",
         ),
     ),
     defect(
