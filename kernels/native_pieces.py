@@ -6,6 +6,7 @@ sums read on the same side is packed once and kept while it is needed.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from functools import cache
 
@@ -23,7 +24,9 @@ of an Intel Xeon at 2.6 GHz): a sum goes to the unit where that saves more than 
 
 @cache
 def available() -> bool:
-    """Whether this process may use the matrix unit, and Inductor compiles for it."""
+    """Whether this process may use the matrix unit, and Inductor compiles for it; ``TITANS_GRAPH_AMX=0`` forbids it."""
+    if os.environ.get("TITANS_GRAPH_AMX", "1") != "1":
+        return False
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     return "amx_tile" in str(pick_vec_isa()) and bool(torch.cpu._init_amx())

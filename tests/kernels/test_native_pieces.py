@@ -123,6 +123,14 @@ def test_the_usual_memory_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ["sum_of_pieces" in text for text in texts] == [True, False]
 
 
+@needs_unit
+def test_it_can_be_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TITANS_GRAPH_AMX", "0")
+    assert not available.__wrapped__()
+    monkeypatch.setenv("TITANS_GRAPH_AMX", "1")
+    assert available.__wrapped__()
+
+
 def program() -> tuple[Program, Value, Value, Value]:
     """A program without steps, with arguments ``a`` and ``w`` of 64 by 64 and ``b`` of 64 by 256."""
     p = Program(0, [], kernels=[f"{HEAD}const float* in_ptr0,\n float* out_ptr0)", f"{HEAD}float* in_out_ptr0)"])
