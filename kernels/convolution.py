@@ -8,6 +8,23 @@ from torch import Tensor, nn
 from titans_graph.kernels.timeline import Clock, extend, last
 
 
+@torch.library.custom_op("titans_graph::taps", mutates_args=())
+def _rows(weight: Tensor) -> Tensor:
+    """A row a tap, ``[K, D]``.
+
+    An operator of its own, because Inductor would read through a plain copy: columns, value by value, for every token.
+    """
+    return weight.t().contiguous()
+
+
+@_rows.register_fake
+def _(weight: Tensor) -> Tensor:
+    return weight.new_empty(weight.shape[1], weight.shape[0])
+
+
+_rows.register_autograd(lambda ctx, grad: grad.t())
+
+
 def causal_conv(x: Tensor, tail: Tensor, weight: Tensor, bias: Tensor | None, clock: Clock) -> tuple[Tensor, Tensor]:
     """``y_t = sum_j weight[:, j] * x_(t-j) (+ bias)`` within each document, and the tail for the next call.
 
@@ -17,7 +34,7 @@ def causal_conv(x: Tensor, tail: Tensor, weight: Tensor, bias: Tensor | None, cl
     """
     kernel, slots = weight.shape[1], x.shape[1]
     joined = extend(tail, x, clock.lead)
-    taps = weight.t().contiguous()  # A row a tap: columns would be gathered value by value for every token.
+    taps = _rows(weight) if torch.compiler.is_compiling() and slots != 1 and x.device.type == "cpu" else weight.t()
     # The token's own tap reads the joined stream as well: then only that has to be kept for backward.
     y = joined[:, kernel - 1 :] * taps[0]
     for j in range(1, kernel):
