@@ -62,7 +62,8 @@ class Forward:
     def chunks(self, c: int, n: int) -> None:
         """The same for ``n`` chunks from ``c`` on, in one call."""
         count, tokens = self.count, self.walk.token_pieces(c, n)
-        states = self.walk.states([*self.weights, *self.momenta], [self._next_slots(i) for i in range(c, c + n)])
+        first = [x.contiguous() for x in (*self.weights, *self.momenta)]
+        states = self.walk.states(first, [self._next_slots(i) for i in range(c, c + n)])
         results = [[self.answers[c + i], *states[i + 1], *(x[:, c + i] for x in self.extra)] for i in range(n)]
         self.walk.sweep(FORWARD, [[*states[i], *tokens[i]] for i in range(n)], results)
         self.anchor, self.weights, self.momenta = states[-2][:count], states[-1][:count], states[-1][count:]

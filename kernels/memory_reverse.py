@@ -74,12 +74,13 @@ class Reverse:
         walk, low, count = self.walk, c - n + 1, self.count
         tokens, y = walk.token_pieces(low, n), pieces(self.whole, walk.chunk, low, n)
         kept = [pieces(x, walk.chunk, low, n) for x in self.products]
-        ends = walk.states([*self.weights, *self.momenta], [[None] * 2 * count] * n)
+        ends = walk.states([x.contiguous() for x in (*self.weights, *self.momenta)], [[None] * 2 * count] * n)
         args, out = [], []
         for i in range(n):
             now, moving = self.start(c - i)
             at = n - 1 - i
-            args.append([*now, *moving, *tokens[at], *(x[at] for x in kept), y[at], *ends[i]])
+            start = [x.contiguous() for x in (*now, *moving)]
+            args.append([*start, *tokens[at], *(x[at] for x in kept), y[at], *ends[i]])
             out.append([*ends[i + 1], *(parts[c - i] for parts in self.parts)])
         walk.sweep(PULLBACK, args, out)
         self.weights, self.momenta = ends[-1][:count], ends[-1][count:]

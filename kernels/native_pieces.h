@@ -2,11 +2,11 @@
 //
 // A float32 has 24 significant bits, a bfloat16 has 8: x = high + middle + low exactly, high being the nearest, middle at most 2^-8
 // and low less than 2^-16 of it. Of the nine products of two such sums the six largest are made; what is left out is below 2^-23
-// of the whole and of either sign. All but high * high are added first, while the sum is small: a result is as exact as one in
-// float32, or more so.
+// of a product, and of either sign. All but high * high are added first, while the sum is small: sums of four products and more
+// come closer to the exact ones than sums in float32 do (at 64 the largest error is a fifth), single products may be 2^-23 off.
 //
-// What differs from float32: numbers below 2^-110 keep fewer bits (the unit takes what is below 2^-126 for zero), and infinity,
-// or anything above 3.39e38, becomes NaN.
+// What differs from float32: numbers and products below 2^-103 (1e-31) lose bits, all but 8 of them by 2^-126, as the unit takes
+// what is smaller for zero; infinity, or anything above 3.39e38, becomes NaN, and what overflows becomes infinity or NaN.
 #pragma once
 
 namespace titans_graph {
@@ -176,6 +176,7 @@ template <int ROWS, int COLUMNS>
 static __attribute__((noinline)) void tiles(
     const Pieces* terms, int count, int64_t m, int64_t n, float* out, int64_t rows, int64_t columns) {
   constexpr int64_t H = 0, M = PIECE, L = 2 * PIECE;
+  asm volatile("" ::: "memory");  // Loads of tiles do not tell the compiler that they read memory.
   _tile_zero(0);
   if constexpr (COLUMNS == 2) _tile_zero(1);
   if constexpr (ROWS == 2) _tile_zero(2);

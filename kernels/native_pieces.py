@@ -1,6 +1,6 @@
 """Sums of float32 products on a processor's matrix unit (AMX): each operand packed as three bfloat16 pieces, once.
 
-native_pieces.h says why the result is as exact as float32. Packing an operand costs about half of a product, so what several
+native_pieces.h says why the result is as exact as in float32. Packing an operand costs about half of a product, so what several
 sums read on the same side is packed once and kept while it is needed.
 """
 
@@ -25,7 +25,7 @@ of an Intel Xeon at 2.6 GHz): a sum goes to the unit where that saves more than 
 @cache
 def available() -> bool:
     """Whether this process may use the matrix unit, and Inductor compiles for it; ``TITANS_GRAPH_AMX=0`` forbids it."""
-    if os.environ.get("TITANS_GRAPH_AMX", "1") != "1":
+    if os.environ.get("TITANS_GRAPH_AMX") == "0":
         return False
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 

@@ -130,16 +130,25 @@ static void sum_of_products(Product<T>* terms, int count, T* out, int64_t rows, 
 }
 
 // Sums over the rows up to and with each: out[i] = x[0] + ... + x[i], `columns` values a row, out without gaps. A vector of columns
-// at a time, its sum in a register.
+// at a time, its sum in registers, in double precision as torch has it.
 template <typename T>
 static void running_sum(const T* x, int64_t stride, T* out, int64_t rows, int64_t columns) {
   constexpr int64_t L = Vec<T>::size();
   for (int64_t j = 0; j < columns; j += L) {
     const int64_t rest = std::min(L, columns - j);
-    Vec<T> sum(T(0));
+    std::conditional_t<std::is_same_v<T, float>, at::vec::VectorizedN<double, 2>, Vec<double>> sum(0.0);
     for (int64_t i = 0; i < rows; i++) {
-      sum = sum + (rest == L ? Vec<T>::loadu(x + i * stride + j) : Vec<T>::loadu(x + i * stride + j, rest));
-      rest == L ? sum.store(out + i * columns + j) : sum.store(out + i * columns + j, rest);
+      const T* from = x + i * stride + j;
+      const Vec<T> row = rest == L ? Vec<T>::loadu(from) : Vec<T>::loadu(from, rest);
+      Vec<T> rounded;
+      if constexpr (std::is_same_v<T, float>) {
+        sum = sum + at::vec::convert<double, 2, float, 1>(row);
+        rounded = at::vec::convert<float, 1, double, 2>(sum);
+      } else {
+        sum = sum + row;
+        rounded = sum;
+      }
+      rest == L ? rounded.store(out + i * columns + j) : rounded.store(out + i * columns + j, rest);
     }
   }
 }

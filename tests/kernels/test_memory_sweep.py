@@ -62,6 +62,14 @@ def ragged(case: Case) -> None:
     case.valid[1, 21:] = False
 
 
+def resumed(case: Case) -> None:
+    """One row goes on inside a chunk of an earlier call, the other begins a chunk of a later one."""
+    case.position[0] = torch.arange(44) + 4
+    case.valid[0, :2] = False
+    case.position[1] = torch.arange(44) + 4
+    case.valid[1, :8] = False
+
+
 def apart(case: Case) -> None:
     """Heads lie side by side, as in a component."""
     for name in ("q", "k", "v"):
@@ -76,10 +84,12 @@ def apart(case: Case) -> None:
         (plain, 3, "chunk", 2),
         (restarting, AUTOMATIC, "before", 2),
         (restarting, 4, "after", 2),
+        (restarting, 1, "after", 2),
         (all_restarting, AUTOMATIC, "after", 2),
         (all_restarting, 4, "after", 2),
         (ragged, AUTOMATIC, "after", 2),
         (ragged, 2, "after", 2),
+        (resumed, AUTOMATIC, "after", 2),
         (apart, AUTOMATIC, "after", 2),
         (apart, 2, "after", 1),
     ],

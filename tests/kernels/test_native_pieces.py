@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.test_memory_cases import Case, call, make
 from tests.kernels.test_native import SIZES, built, random
-from titans_graph.kernels import native, native_pieces, native_source
+from titans_graph.kernels import memory_compile, native, native_pieces, native_source
 from titans_graph.kernels.native_pieces import _Packing, available, in_pieces
 from titans_graph.kernels.native_program import HEAD, Call, Pack, PackedSum, Program, RunningSum, Sum, Value
 
@@ -31,7 +32,7 @@ def single(*shape: int, seed: int = 0) -> Tensor:
 
 
 def error(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want).norm() / want.norm())
+    return float((got.double() - want).detach().norm() / want.detach().norm())
 
 
 def sums(*args: Tensor) -> list[Tensor]:
@@ -75,7 +76,9 @@ def test_hard_numbers() -> None:
     check((bits + (127 << 23)).int().view(torch.float32), b)
     check(torch.cat([a, -a * (1 + 2**-20)], 2)[:, :, 32:96], torch.cat([b, b], 1)[:, 32:96])
     check(a * torch.logspace(-30, 0, 64), b * torch.logspace(0, 30, 64)[:, None])
-    check(a * 1e-34, b)
+    small = a * 2**-102
+    assert error(run(small, b)[0], bmm(small.double(), b.double())) < 2e-7
+    check(a * 2**-114, b)
     for bad in (float("nan"), float("inf"), 3.4e38):
         wrong = a.clone()
         wrong[0, 3, 5] = bad
@@ -100,8 +103,44 @@ def test_threads_each_have_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_unit
 @pytest.mark.compile
-def test_the_usual_memory_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And a process that may not is not given what was written for it."""
+def test_several_chunks_of_a_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A memory of the usual proportions: its bodies use the unit in every chunk of a call, and differ from float64 no more."""
+    case = make({"mlp": {"hidden": 64}}, dim=32, chunk=32, slots=32 * 7, batch=1, heads=3)
+    with torch.no_grad():
+        case.tokens["step"] *= 1e-3  # Such weights are stable at that.
+    texts: list[str] = []
+    source_of = native_source.source_of
+
+    def source(program: Program) -> Any:
+        texts.append((made := source_of(program)).text)
+        return made
+
+    def found(case: Case, kernel: str) -> list[Tensor]:
+        results = call(case, kernel)
+        total = torch.stack([r.double().square().sum() for r in results]).sum()
+        return [*results, *torch.autograd.grad(total, case.leaves(), allow_unused=True, materialize_grads=True)]
+
+    monkeypatch.setattr(native, "source_of", source)
+    monkeypatch.setattr(native, "_place", lambda key: None)
+    rounded = case._replace(
+        state={n: [x.detach().float().requires_grad_() for x in values] for n, values in case.state.items()},
+        tokens={n: x.detach().float().requires_grad_() for n, x in case.tokens.items()},
+    )
+    want, errors = found(case, "chunk"), []
+    for unit in (True, False):
+        monkeypatch.setattr(native, "_LOADED", {})
+        monkeypatch.setattr(memory_compile, "_COMPILED", {})
+        monkeypatch.setattr(native_pieces, "available", lambda unit=unit: unit)
+        errors.append([error(x, y) for x, y in zip(found(rounded, "compiled"), want, strict=True) if y.any()])
+    assert ["sum_of_pieces" in text for text in texts] == [True, True, False, False]
+    assert max(errors[0]) < 1e-5
+    assert sum(errors[0]) < 1.2 * sum(errors[1])
+
+
+@needs_unit
+@pytest.mark.compile
+def test_a_process_uses_what_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that may not is not given what was written for one that may."""
     texts: list[str] = []
     source_of = native_source.source_of
 
