@@ -31,7 +31,7 @@ from titans_graph.kernels.undisturbed import undisturbed
 
 log = logging.getLogger("titans_graph.kernels")
 
-SCAN = "titans_graph::memory_scan_3"
+SCAN = "titans_graph::memory_scan_4"
 """The operator's name. A region that torch has compiled and kept on disk is found again by the names and arguments of its
 operators, whatever these return by now: the name changes wherever the number or the shapes of the results do."""
 

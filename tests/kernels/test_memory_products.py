@@ -111,5 +111,5 @@ def test_results_of_the_operator_belong_to_its_name() -> None:
     weights = [(2, 2, 3, 8), (2, 2, 8, 3)]
     kept = [(4, 4, 3, 8), (4, 4, 8, 3)]
     assert {SCAN: shapes} == {
-        "titans_graph::memory_scan_3": [(2, 2, 12, 3), *weights * 3, (2, 2, 12), *kept * 2, (2, 2, 12, 13)]
+        "titans_graph::memory_scan_4": [(2, 2, 12, 3), *weights * 3, (2, 2, 12), *kept * 2, (2, 2, 12, 13)]
     }
