@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -29,7 +30,9 @@ def available() -> bool:
         return False
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
-    return "amx_tile" in str(pick_vec_isa()) and bool(torch.cpu._init_amx())
+    # The system lets a process use the unit when it has asked; not every version of torch can.
+    ask: Callable[[], bool] = getattr(torch.cpu, "_init_amx", lambda: False)
+    return "amx_tile" in str(pick_vec_isa()) and ask()
 
 
 def in_pieces(program: Program) -> Program:
