@@ -10,7 +10,7 @@ from torch import Tensor
 
 from titans_graph.kernels.memory_checkpoints import SPARE, size_of, slots, spacing
 from titans_graph.kernels.memory_compile import FORWARD
-from titans_graph.kernels.memory_walk import Flags, Walk, where
+from titans_graph.kernels.memory_walk import Flags, Walk, restarted, where
 
 
 class Forward:
@@ -70,11 +70,7 @@ class Forward:
 
     def _start(self, c: int, flags: Flags) -> None:
         """Rows that restart take the initial state, and a checkpoint is set where one belongs."""
-        if flags.all_restart:
-            self.weights, self.momenta = self.initial
-        elif flags.any_restart:
-            now = self.weights, self.momenta
-            self.weights, self.momenta = (where(flags.restart, a, b) for a, b in zip(self.initial, now, strict=True))
+        self.weights, self.momenta = restarted(flags, self.initial, (self.weights, self.momenta))
         if self.every and c % self.every == 0:
             for slot, x in zip(self.kept, (*self.weights, *self.momenta), strict=True):
                 # Most are already there: the chunk before wrote them.

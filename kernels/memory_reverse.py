@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from titans_graph.kernels.memory_compile import PULLBACK
-from titans_graph.kernels.memory_walk import Flags, Walk, added, cut, masked, piece, pieces, where
+from titans_graph.kernels.memory_walk import Flags, Walk, added, masked, pieces, restarted
 
 
 class Reverse:
@@ -24,7 +24,7 @@ class Reverse:
         ends: list[Tensor],
         y: Tensor,
     ) -> None:
-        self.walk, self.every, self.initial, self.whole, self.y = walk, every, initial, y, cut(y, walk.chunk)
+        self.walk, self.every, self.initial, self.y = walk, every, initial, y
         self.count = len(ends) // 3
         self.states, self.products = saved[: 2 * self.count], saved[2 * self.count :]
         self.weights, self.momenta = ends[self.count : 2 * self.count], ends[2 * self.count :]
@@ -44,9 +44,7 @@ class Reverse:
             self.group = [(now, moving)]
             for i in range(base, c):
                 now, moving = self.walk.advance(i, now, moving, self.kept(i))
-                flags = self.walk.flags[i + 1]
-                if flags.any_restart:
-                    now, moving = (where(flags.restart, a, b) for a, b in zip(self.initial, (now, moving), strict=True))
+                now, moving = restarted(self.walk.flags[i + 1], self.initial, (now, moving))
                 self.group.append((now, moving))
         return self.group.pop()
 
@@ -72,7 +70,7 @@ class Reverse:
     def chunks(self, c: int, n: int) -> None:
         """The same as :meth:`chunk` for ``n`` chunks down from ``c``, in one call."""
         walk, low, count = self.walk, c - n + 1, self.count
-        tokens, y = walk.token_pieces(low, n), pieces(self.whole, walk.chunk, low, n)
+        tokens, y = walk.token_pieces(low, n), pieces(self.y, walk.chunk, low, n)
         kept = [pieces(x, walk.chunk, low, n) for x in self.products]
         ends = walk.states([x.contiguous() for x in (*self.weights, *self.momenta)], [[None] * 2 * count] * n)
         args, out = [], []
@@ -91,7 +89,7 @@ class Reverse:
         """Carry the cotangents from the end of chunk ``c`` to its start."""
         walk, flags, count = self.walk, self.walk.flags[c], self.count
         inputs = walk.inputs(c, *self.start(c))
-        y = piece(self.y[c])
+        (y,) = pieces(self.y, walk.chunk, c, 1)
         if not flags.full:
             y = torch.where(walk.slots(c)[..., None], y, 0.0)
         places = [parts[c] for parts in self.parts]

@@ -25,8 +25,8 @@ class Flags(NamedTuple):
     """What the rows do at one chunk; the booleans are read on the host once a call.
 
     ``first`` and ``restart`` are ``[N]``. ``all_first``: every row begins a chunk. ``any_restart``: some row restarts,
-    ``all_restart``: every row does.
-    ``resumed``: some row has tokens here whose chunk began in an earlier call. ``full``: every slot holds a token.
+    ``all_restart``: every row does. ``resumed``: some row has tokens here whose chunk began in an earlier call. ``full``: every
+    slot holds a token.
     """
 
     first: Tensor
@@ -35,7 +35,7 @@ class Flags(NamedTuple):
     any_restart: bool
     resumed: bool
     full: bool
-    all_restart: bool = False
+    all_restart: bool
 
 
 def flags_of(valid: Tensor, position: Tensor, chunk: int, heads: int) -> list[Flags]:
@@ -60,6 +60,13 @@ def masked(rows: Tensor, values: list[Tensor]) -> list[Tensor]:
     return [torch.where(rows.view(-1, *[1] * (x.dim() - 1)), x, 0.0) for x in values]
 
 
+def restarted(flags: Flags, initial: Sequence[list[Tensor]], state: Sequence[list[Tensor]]) -> Sequence[list[Tensor]]:
+    """``state``, weights and momenta, at the start of a chunk: ``initial`` in the rows that restart there."""
+    if flags.all_restart:
+        return initial
+    return [where(flags.restart, a, b) for a, b in zip(initial, state, strict=True)] if flags.any_restart else state
+
+
 def added(old: list[Tensor] | None, new: list[Tensor]) -> list[Tensor]:
     """The sum of two lists; None counts as zero."""
     return new if old is None else [a + b for a, b in zip(old, new, strict=True)]
@@ -75,19 +82,9 @@ def split(values: list[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
     return [x.view(o.shape) for x, o in zip(values, like, strict=True)]
 
 
-def cut(x: Tensor, chunk: int) -> tuple[Tensor, ...]:
-    """``[B, H, G, ...]`` as one view ``[B, H, C, ...]`` per chunk."""
-    return x.view(*x.shape[:2], x.shape[2] // chunk, chunk, *x.shape[3:]).unbind(2)
-
-
 def chunks_first(x: Tensor, chunk: int) -> tuple[Tensor, ...]:
     """``[B, H, G]`` as one contiguous ``[N, C]`` per chunk."""
     return x.view(*x.shape[:2], x.shape[2] // chunk, chunk).movedim(2, 0).flatten(1, 2).contiguous().unbind(0)
-
-
-def piece(part: Tensor) -> Tensor:
-    """One chunk of :func:`cut` as ``[N, C, ...]``: a view, or a copy of that chunk where rows do not lie at one distance."""
-    return part.flatten(0, 1)
 
 
 def pieces(x: Tensor, chunk: int, c: int, count: int) -> tuple[Tensor, ...]:
@@ -115,8 +112,7 @@ class Walk:
     ) -> None:
         self.form, self.compiled, self.chunk, self.flags = form, use_compiled, chunk, flags
         self.entry_anchor, self.tokens = entry_anchor, tokens
-        # Gates are small: all chunks' copies at once. Of keys, queries and values a chunk at a time, to save memory.
-        self._vectors = [cut(x, chunk) for x in tokens[:-3]]
+        # Gates are small: all chunks' copies at once. Of keys, queries and values some chunks at a time, to save memory.
         self._gates = [chunks_first(x, chunk) for x in tokens[-3:]]
         rows = valid.view(valid.shape[0], len(flags), chunk).transpose(0, 1).repeat_interleave(tokens[0].shape[1], 1)
         self._slots = rows.contiguous().unbind(0)
@@ -130,7 +126,7 @@ class Walk:
 
     def inputs(self, c: int, weights: list[Tensor], momenta: list[Tensor]) -> list[Tensor]:
         """The differentiable arguments of chunk ``c``'s body."""
-        vectors = [piece(parts[c]) for parts in self._vectors]
+        vectors = [pieces(x, self.chunk, c, 1)[0] for x in self.tokens[:-3]]
         state = [*weights, *momenta, *vectors, *(parts[c] for parts in self._gates)]
         if not self.flags[c].resumed:
             return state

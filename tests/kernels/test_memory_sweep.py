@@ -129,7 +129,7 @@ def walk(*kinds: str) -> Walk:
     """A walk over chunks of these kinds, none of them computed: ``full``, ``restart``, ``late`` or ``part``."""
     made = object.__new__(Walk)
     none = torch.zeros(1, dtype=torch.bool)
-    made.flags = [Flags(none, none, k != "late", k == "restart", k == "late", k != "part") for k in kinds]
+    made.flags = [Flags(none, none, k != "late", k == "restart", k == "late", k != "part", all_restart=False) for k in kinds]
     made._bodies = {(kind, False): object.__new__(Native) for kind in (FORWARD, PULLBACK)}
     return made
 
