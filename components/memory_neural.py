@@ -322,8 +322,7 @@ class NeuralMemory(Component, nn.Module):
         q = self._stream("query", self.query(ask), state, new, clock)
         k = self._stream("key", self.key(write), state, new, clock)
         v = self._stream("value", self.value(write), state, new, clock)
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        q, k, v = self._heads(q), self._heads(k), self._heads(v)
+        q, k, v = map(self._heads, (F.normalize(q, dim=-1), F.normalize(k, dim=-1), v))
         step, log_momentum, log_keep = self._controls(write)
         if self.p.cap == "keys":
             r, new["keys"] = crowding(k, state["keys"], clock.valid, clock.position, clock.lead, clock.end)

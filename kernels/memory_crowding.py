@@ -16,6 +16,9 @@ from torch import Tensor
 from titans_graph.kernels.precision import running
 from titans_graph.kernels.timeline import take
 
+TOGETHER = 8
+"""Chunks whose keys are multiplied at a time."""
+
 
 def crowding(k: Tensor, ring: Tensor, valid: Tensor, position: Tensor, lead: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
     """``r [B, H, G]`` (at least 1 for unit keys) and the new ring; both detached: a control, not a signal to learn from.
@@ -40,21 +43,33 @@ def _whole(k: Tensor, ring: Tensor, valid: Tensor, lead: Tensor, end: Tensor) ->
 
 def _chunks(k: Tensor, ring: Tensor, valid: Tensor, lead: Tensor, end: Tensor) -> list[Tensor]:
     """Whole chunks as plain tensor operations."""
-    chunk = ring.shape[1]
+    chunk, count = ring.shape[1], k.shape[2] // ring.shape[1]
+
+    def keys_of(number: Tensor) -> Tensor:
+        """The keys ``[B, C, H, d]`` of one chunk a row ``[B]``: those of earlier calls as well, and zeros in empty slots."""
+        found, filled = (take(x, number[:, None])[:, 0] for x in (blocks, _blocks(valid, chunk)))
+        there = torch.where(filled[..., None, None], found, 0.0)
+        earlier = (number == lead // chunk)[:, None] & (torch.arange(chunk, device=k.device) < (lead % chunk)[:, None])
+        return torch.where(earlier[..., None, None], ring, there)
+
     blocks = _blocks(k.transpose(1, 2), chunk)
-    filled = _blocks(valid, chunk)
-    number = torch.arange(blocks.shape[1], device=k.device)
-    slot = torch.arange(chunk, device=k.device)
-    resumed = (number == (lead // chunk)[:, None])[..., None] & (slot < (lead % chunk)[:, None, None])
-    merged = torch.where(filled[..., None, None], blocks, 0.0)
-    merged = torch.where(resumed[..., None, None], ring[:, None], merged)
-    keys = merged.permute(0, 3, 1, 2, 4)
-    alike = running(keys @ keys.mT).abs().tril()
-    r = alike.sum(-1).flatten(2)
-    latest = ((end - 1).clamp(min=0) // chunk)[:, None]
-    fresh = take(merged, latest)[:, 0]
+    # What lies in empty slots is summed for no token but theirs; the one chunk that may have begun earlier is summed again.
+    r = _sums(blocks.permute(0, 3, 1, 2, 4))
+    begun = (lead // chunk).clamp(max=count - 1)
+    here = (torch.arange(count, device=k.device) == begun[:, None])[:, None, :, None]
+    r = torch.where(here, _sums(keys_of(begun).transpose(1, 2)[:, :, None]), r).flatten(2)
+    fresh = keys_of(((end - 1).clamp(min=0) // chunk).clamp(max=count - 1))
     keep = (end == lead)[:, None, None, None]
-    return [r.clamp(min=1.0), torch.where(keep, ring, fresh)]
+    return [torch.where(valid[:, None], r.clamp(min=1.0), 1.0), torch.where(keep, ring, fresh)]
+
+
+def _sums(keys: Tensor) -> Tensor:
+    """``[..., chunks, C, d]`` to ``sum over i <= t of |k_i . k_t|``, ``[..., chunks, C]``.
+
+    A few chunks at a time, which stay in the caches; and dense ones: the product would copy both sides value by value.
+    """
+    parts = [x.contiguous() for x in torch.split(keys, TOGETHER, -3)]
+    return torch.cat([running(x @ x.mT).abs_().tril_().sum(-1) for x in parts], -2)
 
 
 @_whole.register_fake

@@ -201,7 +201,7 @@ MEMORY = (
     defect(
         "step cap from later keys",
         "the step of a token shrinks by keys that come after it",
-        ("kernels.memory_crowding:_chunks", ".abs().tril()", ".abs()"),
+        ("kernels.memory_crowding:_sums", ".abs_().tril_()", ".abs_()"),
     ),
     defect(
         "step cap from keys of the chunk before",
@@ -251,8 +251,8 @@ MEMORY = (
         "the memory is asked with queries of any length",
         (
             "components.memory_neural:NeuralMemory._advance",
-            "q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)",
-            "k = F.normalize(k, dim=-1)",
+            "(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v)",
+            "(q, F.normalize(k, dim=-1), v)",
         ),
     ),
     defect(
@@ -277,7 +277,7 @@ MEMORY = (
     defect(
         "checkpoint of the wrong chunk",
         "backward runs a chunk from the state that the one before it started from",
-        ("kernels.memory_reverse:Reverse.start", "x[base // self.every]", "x[max(0, base // self.every - 1)]"),
+        ("kernels.memory_reverse:Reverse.start", "range(base, c)", "range(base, max(base, c - 1))"),
     ),
     defect(
         "phase of the memory function off by one",
