@@ -239,9 +239,9 @@ def _pure(function: Callable[..., Tensor]) -> Apply:
 
 
 def _silu(options: Options, z: Tensor) -> Tensor:
-    import torch.nn.functional as functional
+    from titans_graph.kernels.activations import silu
 
-    return functional.silu(z)
+    return silu(z)
 
 
 def _gelu(options: Options, z: Tensor) -> Tensor:
