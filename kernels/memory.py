@@ -20,7 +20,7 @@ from torch import Tensor
 
 from titans_graph.errors import UsageError
 from titans_graph.kernels.memory_bound import bounded_step
-from titans_graph.kernels.memory_checkpoints import AUTOMATIC
+from titans_graph.kernels.memory_checkpoints import EVERY
 from titans_graph.kernels.memory_chunk import trace_keys
 from titans_graph.kernels.memory_objectives import Objective, parse_objective
 from titans_graph.kernels.memory_ops import scan_op
@@ -59,7 +59,7 @@ def memory_scan(
     *,
     kernel: str = "auto",
     resumed: bool = True,
-    every: int = AUTOMATIC,
+    every: int | None = None,
 ) -> Result:
     """Write ``k``, ``v`` and read ``q`` for a whole grid of tokens: ``(y, anchor', weights', momenta')``.
 
@@ -74,14 +74,14 @@ def memory_scan(
     every floating argument, from y and from the final state. ``kernel``: one of ``KERNELS``; ``auto`` is ``triton`` for
     tensors on a GPU where it knows the memory, else the portable form. Not ``resumed``: the caller knows that every chunk
     with a token begins here, which saves the Triton kernels a second read of the weights. ``every``: chunks from one
-    checkpoint to the next in the backward pass of the portable form (at least 1); by default by the rule of
-    :mod:`~titans_graph.kernels.memory_checkpoints`.
+    checkpoint to the next in the backward pass of the portable form (at least 1, ``EVERY`` of
+    :mod:`~titans_graph.kernels.memory_checkpoints` by default).
 
     Raises :class:`UsageError` for unknown names, a grid that is not a whole number of chunks, a memory that
     ``kernel="triton"`` does not know, and ``every`` with a kernel that has no checkpoints.
     """
     check_choices(read, kernel)
-    if every != AUTOMATIC and every < 1:
+    if every is not None and every < 1:
         raise UsageError(f"every counts chunks between checkpoints and is at least 1; got {every}")
     # Not while tracing: the check would become a guard on the number of slots.
     if not torch.compiler.is_compiling() and (chunk < 1 or q.shape[2] % chunk != 0):
@@ -92,7 +92,7 @@ def memory_scan(
         raise UsageError("the memory's operators know reverse-mode gradients only; take kernel='reference' under torch.func")
     operand = operand_type(q, dtype)
     kernel = choose(kernel, network, objective, read, chunk, bounded, q.shape[-1], operand, q.is_cuda)
-    if kernel in ("triton", "reference") and every != AUTOMATIC:
+    if kernel in ("triton", "reference") and every is not None:
         raise UsageError(f"every={every} is a setting of the portable form, not of {kernel}: take kernel='chunk' or 'compiled'")
     if kernel == "triton":
         tokens = [*(x.to(operand) for x in (q, k, v)), step, log_momentum, log_keep]
@@ -110,7 +110,7 @@ def memory_scan(
         chunk,
         bounded,
         kernel == "compiled",
-        every if torch.is_grad_enabled() else 0,
+        (every or EVERY) if torch.is_grad_enabled() else 0,
         *state,
         tokens,
         valid,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from titans_graph.errors import UsageError
-from titans_graph.kernels.memory_checkpoints import size_of, slots, spacing
+from titans_graph.kernels.memory_checkpoints import slots, storage
 from titans_graph.kernels.memory_chunk import Form
 from titans_graph.kernels.memory_forward import Forward
 from titans_graph.kernels.memory_objectives import REPLACED, parse_objective
@@ -31,7 +31,7 @@ from titans_graph.kernels.undisturbed import undisturbed
 
 log = logging.getLogger("titans_graph.kernels")
 
-SCAN = "titans_graph::memory_scan_4"
+SCAN = "titans_graph::memory_scan_5"
 """The operator's name. A region that torch has compiled and kept on disk is found again by the names and arguments of its
 operators, whatever these return by now: the name changes wherever the number or the shapes of the results do."""
 
@@ -85,9 +85,10 @@ def scan_op(
 ) -> list[Tensor]:
     """``[y, anchor'.., weights'.., momenta'.., saved..]``; ``tokens`` is [q, k, v, step, log_momentum, log_keep].
 
-    ``every``: chunks from one checkpoint to the next, ``AUTOMATIC``, or 0 for none. ``saved`` holds, unless it is 0: where
-    bounded, the scale of the step ``[B, H, G]``; per weight and momentum the values that checkpointed chunks start from,
-    ``[K, N, *shape]``; where a chunk keeps products, those of all slots ``[B, H, G, width]``.
+    ``every``: chunks from one checkpoint to the next, or 0 for none. ``saved`` holds, unless it is 0: where bounded, the scale
+    of the step ``[B, H, G]``; per weight and momentum the values that checkpointed chunks start from, flat
+    (:func:`~titans_graph.kernels.memory_checkpoints.storage`); where a chunk keeps products, those of all slots
+    ``[B, H, G, width]``.
     """
     spec = network, objective, read, chunk, bounded, compiled
 
@@ -136,8 +137,7 @@ def _(
     scale = [q.new_empty(q.shape[:3])] if every and bounded else []
     kept = []
     if every:
-        count = slots(q.shape[2] // chunk, every, size_of((*weights, *momenta)))
-        kept = [x.new_empty(count, x.shape[0] * x.shape[1], *x.shape[2:]) for x in (*weights, *momenta)]
+        kept = storage(q.shape[2] // chunk, every, (*weights, *momenta))
         width = kept_width(form_of(network, objective, read, bounded).network, q.shape[3], chunk, read)
         if width:
             kept.append(q.new_empty(*q.shape[:3], width))
@@ -175,8 +175,9 @@ def backward_op(
             taken = [*tokens[:3], *(tokens[3] * x for x in scale), *tokens[3 + len(scale) :]]
             walk = _walk(spec, anchor, taken, valid, position)
             initial = merge(initial_weights), merge(initial_momenta)
-            gap = spacing(len(walk.flags), every, sum(size_of([x[0]]) for x in kept[: 2 * len(anchor)]))
-            results = Reverse(walk, gap, initial, kept, merge(grads[1:]), grads[0]).run()
+            n = 2 * len(anchor)
+            states = slots(kept[:n], len(walk.flags), every, [*initial[0], *initial[1]])
+            results = Reverse(walk, every, initial, [*states, *kept[n:]], merge(grads[1:]), grads[0]).run()
             for x in scale:
                 results[-3] *= x.view_as(results[-3])
             return results

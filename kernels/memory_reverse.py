@@ -8,12 +8,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from titans_graph.kernels.memory_compile import PULLBACK
+from titans_graph.kernels.memory_checkpoints import owned
+from titans_graph.kernels.memory_compile import ADVANCE, PULLBACK
 from titans_graph.kernels.memory_walk import Flags, Walk, added, masked, pieces, restarted
+from titans_graph.kernels.native import Native
+from titans_graph.kernels.native_calls import PerThread, Run, run_parts, threads_for
 
 
 class Reverse:
-    """The reverse walk: carries the cotangents of anchor, weights and momenta, and gathers those of the tokens."""
+    """The reverse walk: carries the cotangents of anchor, weights and momenta, and gathers those of the tokens.
+
+    ``saved``: what forward kept, checkpoints ``[K, N, *shape]`` of weights and momenta and the products. ``ends`` and ``y``:
+    cotangents of ``[anchor'.., weights'.., momenta'..]`` and of the answers.
+    """
 
     def __init__(
         self,
@@ -25,20 +32,24 @@ class Reverse:
         y: Tensor,
     ) -> None:
         self.walk, self.every, self.initial, self.y = walk, every, initial, y
-        self.count = len(ends) // 3
-        self.states, self.products = saved[: 2 * self.count], saved[2 * self.count :]
-        self.weights, self.momenta = ends[self.count : 2 * self.count], ends[2 * self.count :]
-        self.anchor: list[Tensor] | None = ends[: self.count]
+        count = self.count = walk.count
+        self.states, self.products = saved[: 2 * count], saved[2 * count :]
+        anchor, self.weights, self.momenta = ([x.clone() for x in ends[i * count : (i + 1) * count]] for i in range(3))
+        # Without any it need not be carried, which chunks that go together do not.
+        self.anchor: list[Tensor] | None = anchor if any(bool(x.any()) for x in anchor) else None
         self.initial_weights: list[Tensor] | None = None
         self.initial_momenta: list[Tensor] | None = None
         self.tokens = [x.new_empty(x.shape[0] * x.shape[1], len(walk.flags), walk.chunk, *x.shape[3:]) for x in walk.tokens]
-        self.parts = [x.unbind(1) for x in self.tokens]
+        self.parts = [x.transpose(0, 1) for x in self.tokens]
         self.group: list[tuple[list[Tensor], list[Tensor]]] = []
+        self._between: list[list[PerThread]] = []
 
     def start(self, c: int) -> tuple[list[Tensor], list[Tensor]]:
         """Weights and momenta that chunk ``c`` starts from: a checkpoint, or recomputed from the one before."""
+        base = c - c % self.every
+        # Later ones are not needed any more, or are made again.
+        del self.group[c - base + 1 :]
         if not self.group:
-            base = c - c % self.every
             kept = [x[base // self.every] for x in self.states]
             now, moving = kept[: self.count], kept[self.count :]
             self.group = [(now, moving)]
@@ -56,34 +67,64 @@ class Reverse:
         """All chunks, from the last to the first, and the cotangents in the operator's order."""
         c = len(self.walk.flags) - 1
         while c >= 0:
-            n = self.walk.together(c, PULLBACK, backward=True) if self.anchor is None else 1
-            if self.every > 1:
-                # What is recomputed from one checkpoint.
-                n = min(n, c % self.every + 1)
-            if n > 1:
-                self.chunks(c, n)
-            else:
+            # What is recomputed from one checkpoint.
+            n = min(self.walk.together(c, backward=True), c % self.every + 1) if self.anchor is None else 1
+            bodies = self._bodies(c) if n > 1 else None
+            if bodies is None:
+                n = 1
                 self.chunk(c)
+            else:
+                self.chunks(c - n + 1, n, *bodies)
             c -= n
         return self.results()
 
-    def chunks(self, c: int, n: int) -> None:
-        """The same as :meth:`chunk` for ``n`` chunks down from ``c``, in one call."""
-        walk, low, count = self.walk, c - n + 1, self.count
-        tokens, y = walk.token_pieces(low, n), pieces(self.y, walk.chunk, low, n)
-        kept = [pieces(x, walk.chunk, low, n) for x in self.products]
-        ends = walk.states([x.contiguous() for x in (*self.weights, *self.momenta)], [[None] * 2 * count] * n)
-        args, out = [], []
-        for i in range(n):
-            now, moving = self.start(c - i)
-            at = n - 1 - i
-            start = [x.contiguous() for x in (*now, *moving)]
-            args.append([*start, *tokens[at], *(x[at] for x in kept), y[at], *ends[i]])
-            out.append([*ends[i + 1], *(parts[c - i] for parts in self.parts)])
-        walk.sweep(PULLBACK, args, out)
-        self.weights, self.momenta = ends[-1][:count], ends[-1][count:]
+    def _bodies(self, c: int) -> tuple[Native, Native] | None:
+        """What brings the state from one chunk to the next, and the cotangents back; None where they are not native."""
+
+        def advance() -> list[Tensor]:
+            inputs = self.walk.inputs(c, self.weights, self.momenta)  # For their shapes.
+            return [*inputs[:-6], *inputs[-5:], self.walk.slots(c), *self.kept(c)]
+
+        def pull() -> list[Tensor]:
+            inputs, (y,) = self.walk.inputs(c, self.weights, self.momenta), pieces(self.y, self.walk.chunk, c, 1)
+            return [*inputs, self.walk.slots(c), *self.kept(c), y, *self.weights, *self.momenta]
+
+        back = self.walk.native(PULLBACK, pull)
+        ahead = self.walk.native(ADVANCE, advance) if back else None
+        return (ahead, back) if ahead and back else None
+
+    def chunks(self, low: int, n: int, advance: Native, pullback: Native) -> None:
+        """The same as :meth:`chunk` for ``n`` chunks down to ``low``, a row through all of them before the next.
+
+        The states in between are made again for that row; the cotangents of weights and momenta are changed in place.
+        """
+        walk, count = self.walk, self.count
+        first = [x.contiguous() for values in self.start(low) for x in values]
+        carried, later, turns = owned([*self.weights, *self.momenta]), *self._places()
+        # Before each chunk the state, and its cotangent; that also after the last.
+        states: list[list[Tensor | PerThread]] = [[x, *more[: n - 1]] for x, more in zip(first, later, strict=True)]
+        ends: list[list[Tensor | PerThread]] = [
+            [x, *(two[i % 2] for i in range(n - 1)), x] for x, two in zip(carried, turns, strict=True)
+        ]
+        tokens = walk.runs(low, n)
+        kept, y = ([pieces(x, walk.chunk, low, n) for x in values] for values in (self.products, [self.y]))
+        before: list[Run] = [*(x[:-1] for x in states), *(x[:-1] for x in (*tokens[1:], *kept))]
+        args: list[Run] = [*states, *tokens, *kept, *y, *(x[1:] for x in ends)]
+        out: list[Run] = [*(x[:-1] for x in ends), *(x[low : low + n] for x in self.parts)]
+        ahead = advance.calls(before, [x[1:] for x in states], n - 1)
+        run_parts([ahead, pullback.calls(args, out, n, backward=True)], len(first[0]))
+        self.weights, self.momenta = carried[:count], carried[count:]
         if walk.flags[low].any_restart:
             self._to_initial(walk.flags[low])
+
+    def _places(self) -> tuple[list[list[PerThread]], list[list[PerThread]]]:
+        """For every weight and momentum: places of the states between two checkpoints, and two of its cotangent."""
+        if not self._between:
+            threads = threads_for(len(self.weights[0]))
+            shapes = [x.shape[1:] for x in (*self.weights, *self.momenta)]
+            made = [self.weights[0].new_empty(self.every + 1, threads, *s) for s in shapes]
+            self._between = [[PerThread(x) for x in places.unbind(0)] for places in made]
+        return [x[2:] for x in self._between], [x[:2] for x in self._between]
 
     def chunk(self, c: int) -> None:
         """Carry the cotangents from the end of chunk ``c`` to its start."""
@@ -94,7 +135,7 @@ class Reverse:
             y = torch.where(walk.slots(c)[..., None], y, 0.0)
         places = [parts[c] for parts in self.parts]
         state = [None] * (len(inputs) - len(places))
-        grads = walk.backward(c, inputs, self.kept(c), [y, *self.weights, *self.momenta], count, [*state, *places])
+        grads = walk.backward(c, inputs, self.kept(c), [y, *self.weights, *self.momenta], [*state, *places])
         if flags.resumed:
             body_anchor, grads = grads[:count], grads[count:]
             # In rows that begin their chunk here the anchor is the weights.
@@ -106,10 +147,9 @@ class Reverse:
 
     def results(self) -> list[Tensor]:
         """All cotangents in the operator's order, every one a tensor of its own."""
-        zeros = [torch.zeros_like(x) for x in self.weights]
-        unowned = self.anchor or zeros, self.weights, self.momenta, self.initial_weights or zeros, self.initial_momenta or zeros
-        state = [x.clone(memory_format=torch.contiguous_format) for values in unowned for x in values]
-        return [*state, *self.tokens]
+        state = self.anchor, self.weights, self.momenta, self.initial_weights, self.initial_momenta
+        zeros = [[torch.zeros_like(x) for x in self.weights] if values is None else values for values in state]
+        return [*owned([x for values in zeros for x in values]), *self.tokens]
 
     def _to_weights(self, flags: Flags) -> None:
         """Where a chunk begins, the anchor was set from the weights, so its cotangent joins theirs."""
@@ -120,11 +160,10 @@ class Reverse:
 
     def _to_initial(self, flags: Flags) -> None:
         """Where a row restarts, weights and momenta were set from the initial ones."""
+        weights, momenta = self.weights, self.momenta
         if flags.all_restart:
-            # Copies, because the places of a walk's states are used again.
-            weights, momenta = ([x.clone() for x in values] for values in (self.weights, self.momenta))
-            self.weights = self.momenta = [torch.zeros_like(x) for x in weights]
+            self.weights, self.momenta = ([torch.zeros_like(x) for x in values] for values in (weights, momenta))
         else:
-            weights, momenta = masked(flags.restart, self.weights), masked(flags.restart, self.momenta)
-            self.weights, self.momenta = masked(~flags.restart, self.weights), masked(~flags.restart, self.momenta)
+            self.weights, self.momenta = (masked(~flags.restart, values) for values in (weights, momenta))
+            weights, momenta = (masked(flags.restart, values) for values in (weights, momenta))
         self.initial_weights, self.initial_momenta = added(self.initial_weights, weights), added(self.initial_momenta, momenta)

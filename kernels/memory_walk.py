@@ -5,7 +5,7 @@ Shapes: ``B`` batch, ``H`` heads, ``N`` = B * H rows, ``G`` slots, ``C`` slots o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -82,15 +82,15 @@ def split(values: list[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
     return [x.view(o.shape) for x, o in zip(values, like, strict=True)]
 
 
-def chunks_first(x: Tensor, chunk: int) -> tuple[Tensor, ...]:
-    """``[B, H, G]`` as one contiguous ``[N, C]`` per chunk."""
-    return x.view(*x.shape[:2], x.shape[2] // chunk, chunk).movedim(2, 0).flatten(1, 2).contiguous().unbind(0)
+def chunks_first(x: Tensor, chunk: int) -> Tensor:
+    """``[B, H, G]`` as contiguous ``[chunks, N, C]``."""
+    return x.view(*x.shape[:2], x.shape[2] // chunk, chunk).movedim(2, 0).flatten(1, 2).contiguous()
 
 
-def pieces(x: Tensor, chunk: int, c: int, count: int) -> tuple[Tensor, ...]:
-    """``count`` chunks of ``[B, H, G, d]`` from chunk ``c`` on, ``[N, C, d]`` each with dense rows: views, or of one copy."""
+def pieces(x: Tensor, chunk: int, c: int, count: int) -> Tensor:
+    """``count`` chunks of ``[B, H, G, d]`` from chunk ``c`` on, ``[count, N, C, d]`` with dense rows: a view, or a copy."""
     part = x.view(*x.shape[:2], x.shape[2] // chunk, chunk, x.shape[3])[:, :, c : c + count].flatten(0, 1)
-    return (part if part.stride()[2:] == (x.shape[3], 1) else part.contiguous()).unbind(1)
+    return (part if part.stride()[2:] == (x.shape[3], 1) else part.contiguous()).transpose(0, 1)
 
 
 class Walk:
@@ -115,10 +115,10 @@ class Walk:
         # Gates are small: all chunks' copies at once. Of keys, queries and values some chunks at a time, to save memory.
         self._gates = [chunks_first(x, chunk) for x in tokens[-3:]]
         rows = valid.view(valid.shape[0], len(flags), chunk).transpose(0, 1).repeat_interleave(tokens[0].shape[1], 1)
-        self._slots = rows.contiguous().unbind(0)
+        self._slots = rows.contiguous()
         self.width = kept_width(form.network, tokens[0].shape[3], chunk, form.read)
+        self.count = len(entry_anchor)
         self._bodies: dict[tuple[str, bool], Body] = {}
-        self._turns: list[list[Tensor]] = []
 
     def slots(self, c: int) -> Tensor:
         """Which slots of chunk ``c`` are valid, ``[N, C]``."""
@@ -127,19 +127,17 @@ class Walk:
     def inputs(self, c: int, weights: list[Tensor], momenta: list[Tensor]) -> list[Tensor]:
         """The differentiable arguments of chunk ``c``'s body."""
         vectors = [pieces(x, self.chunk, c, 1)[0] for x in self.tokens[:-3]]
-        state = [*weights, *momenta, *vectors, *(parts[c] for parts in self._gates)]
+        state = [*weights, *momenta, *vectors, *(x[c] for x in self._gates)]
         if not self.flags[c].resumed:
             return state
         # A row with tokens in a chunk it did not begin is in its first chunk of this call: its anchor is the entry's.
         return [*where(self.flags[c].first, weights, self.entry_anchor), *state]
 
-    def together(self, c: int, kind: str, *, backward: bool = False) -> int:
-        """How many chunks from ``c`` on, or down from it, one call of a native body of ``kind`` can run; 1 where none can.
+    def together(self, c: int, *, backward: bool = False) -> int:
+        """How many chunks from ``c`` on, or down from it, native bodies can run through in one call; at least 1.
 
         Such chunks are full and begun in every row; where rows restart, their weights are exchanged before the body.
         """
-        if not isinstance(self._bodies.get((kind, False)), Native):
-            return 1
         count = 0
         for flags in self.flags[c::-1] if backward else self.flags[c:]:
             if count == TOGETHER or not (flags.all_first and flags.full) or flags.resumed:
@@ -150,52 +148,30 @@ class Walk:
             count += 1
         return max(count, 1)
 
-    def token_pieces(self, c: int, count: int) -> list[list[Tensor]]:
-        """The token arguments of ``count`` chunks from ``c`` on, with dense rows."""
+    def runs(self, c: int, count: int) -> list[Tensor]:
+        """The token arguments of ``count`` chunks from ``c`` on, ``[count, N, C, ...]`` with dense rows."""
         vectors = [pieces(x, self.chunk, c, count) for x in self.tokens[:-3]]
-        return [
-            [*(parts[i] for parts in vectors), *(parts[c + i] for parts in self._gates), self._slots[c + i]]
-            for i in range(count)
-        ]
+        return [*vectors, *(x[c : c + count] for x in (*self._gates, self._slots))]
 
-    def states(self, first: list[Tensor], places: Sequence[Sequence[Tensor | None]]) -> list[list[Tensor]]:
-        """The state before each of some chunks and after the last, ``first`` being the one before all of them.
-
-        ``places``: where what is after each chunk goes. What has none goes to two places of the walk in turns, and stays there
-        until the next call of this.
-        """
-        result = [first]
-        for place in places:
-            if any(x is None for x in place):
-                if len(self._turns) < 2:
-                    self._turns.append([torch.empty_like(x) for x in first])
-                else:
-                    self._turns.reverse()
-            result.append([self._turns[-1][i] if x is None else x for i, x in enumerate(place)])
-        return result
-
-    def sweep(self, kind: str, args: list[list[Tensor]], out: list[list[Tensor]]) -> None:
-        """Calls of the native body of ``kind`` one after the other, as :meth:`together` allows."""
-        body = self._bodies[kind, False]
-        assert isinstance(body, Native)
-        body.sweep(args, out)
+    def native(self, kind: str, args: Callable[[], list[Tensor]]) -> Native | None:
+        """The body of a kind for chunks that go together, which is called with tensors like ``args``; None where it is none."""
+        body = self._bodies.get((kind, False)) or self._body(kind, args(), resumed=False)
+        return body if isinstance(body, Native) else None
 
     def forward(self, c: int, weights: list[Tensor], momenta: list[Tensor], out: Sequence[Tensor | None] = ()) -> list[Tensor]:
         """Run chunk ``c``: ``[y [N, C, d], weights'.., momenta'.., scale [N, C] if bounded, products [N, C, K] if K > 0]``.
 
         K is ``width``. Results are those of ``out`` where it has a tensor for them.
         """
-        args = [*self.inputs(c, weights, momenta), self.slots(c)]
-        return self._run(c, FORWARD, args, len(weights), out)
+        return self._run(c, FORWARD, [*self.inputs(c, weights, momenta), self.slots(c)], out)
 
     def advance(
         self, c: int, weights: list[Tensor], momenta: list[Tensor], products: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Weights and momenta after chunk ``c``; nothing is read. ``products``: what forward kept of it."""
-        count = len(weights)
         inputs = self.inputs(c, weights, momenta)
-        result = self._run(c, ADVANCE, [*inputs[:-6], *inputs[-5:], self.slots(c), *products], count)
-        return result[:count], result[count:]
+        result = self._run(c, ADVANCE, [*inputs[:-6], *inputs[-5:], self.slots(c), *products])
+        return result[: self.count], result[self.count :]
 
     def backward(
         self,
@@ -203,17 +179,19 @@ class Walk:
         inputs: list[Tensor],
         products: list[Tensor],
         cotangents: list[Tensor],
-        count: int,
         out: Sequence[Tensor | None] = (),
     ) -> list[Tensor]:
         """Input cotangents of chunk ``c``'s body, those of ``out`` where it has a tensor for them."""
-        return self._run(c, PULLBACK, [*inputs, self.slots(c), *products, *cotangents], count, out)
+        return self._run(c, PULLBACK, [*inputs, self.slots(c), *products, *cotangents], out)
 
-    def _run(self, c: int, kind: str, args: list[Tensor], count: int, out: Sequence[Tensor | None] = ()) -> list[Tensor]:
-        key = kind, self.flags[c].resumed
-        if key not in self._bodies:
-            body = body_of(self.form, kind, count, kept=self.width > 0, resumed=key[1])
-            # At most the first chunk of a row is resumed: not worth a compilation of its own.
-            use = self.compiled and not key[1]
-            self._bodies[key] = compiled((self.form, kind), body, args) if use else body
-        return run_into(self._bodies[key], args, out)
+    def _run(self, c: int, kind: str, args: list[Tensor], out: Sequence[Tensor | None] = ()) -> list[Tensor]:
+        resumed = self.flags[c].resumed
+        return run_into(self._bodies.get((kind, resumed)) or self._body(kind, args, resumed=resumed), args, out)
+
+    def _body(self, kind: str, args: list[Tensor], *, resumed: bool) -> Body:
+        body = body_of(self.form, kind, self.count, kept=self.width > 0, resumed=resumed)
+        # At most the first chunk of a row is resumed: not worth a compilation of its own.
+        if self.compiled and not resumed:
+            body = compiled((self.form, kind), body, args)
+        self._bodies[kind, resumed] = body
+        return body

@@ -13,11 +13,9 @@ rows that would leave threads idle) the body is compiled by Inductor as a whole.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from math import prod
@@ -29,6 +27,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from titans_graph.kernels import native_pieces
+from titans_graph.kernels.native_calls import Part, Run, loaded, part, run_parts
 from titans_graph.kernels.native_graph import gather_products
 from titans_graph.kernels.native_pieces import in_pieces
 from titans_graph.kernels.native_program import Unsupported, dense_strides, record, written
@@ -42,6 +41,8 @@ _LOADED: dict[str, Native] = {}
 
 _FILES = (
     "native.py",
+    "native_calls.h",
+    "native_calls.py",
     "native_graph.py",
     "native_pieces.h",
     "native_pieces.py",
@@ -112,14 +113,10 @@ class Native:
     def __init__(self, source: Source, examples: Sequence[Tensor]) -> None:
         from torch._inductor.codecache import CppCodeCache
 
-        self.space = source.space
         self.results = [(tuple(s), (prod(s), *dense_strides(s)), TYPES[kind]) for s, kind in source.results]
         self._strides = [a.stride()[1:] for a in examples]
-        self._dense = [stride[1:] for _, stride, _ in self.results]
-        self._run = CppCodeCache.load(source.text).run
-        number, address = ctypes.c_int64, ctypes.c_void_p
-        self._run.argtypes = [address, address, number, number, number, address, number]
-        self._run.restype = None
+        rows = [*self._strides, *(stride[1:] for _, stride, _ in self.results)]
+        self._body = loaded(CppCodeCache.load(source.text), rows, source.space)
 
     def __call__(self, *args: Tensor, out: Sequence[Tensor | None] = ()) -> list[Tensor]:
         """The results ``[N, ...]``: those of ``out`` where it has a tensor, whose rows are dense, else new ones.
@@ -132,34 +129,12 @@ class Native:
             _empty((rows, *shape), stride, dtype) if given is None else given
             for (shape, stride, dtype), given in zip_longest(self.results, out)
         ]
-        self._call([dense], [results])
+        run_parts([self.calls([[x] for x in dense], [[x] for x in results], 1)], rows)
         return results
 
-    def sweep(self, args: Sequence[Sequence[Tensor]], out: Sequence[Sequence[Tensor]]) -> None:
-        """Several calls: ``out[i]`` takes the results of ``args[i]``, and may be among ``args[i + 1]``.
-
-        A row goes through all calls before the next row does: what one call leaves for the next is still in the caches, and
-        threads wait for each other once. Rows must be dense, and in all calls as far apart as in the first.
-        """
-        for tensors, rows in ((zip(*args, strict=True), self._strides), (zip(*out, strict=True), self._dense)):
-            for calls, strides in zip(tensors, rows, strict=True):
-                if not all(_lies(t, (calls[0].stride(0), *strides)) for t in calls):
-                    raise ValueError("calls of one sweep need dense rows, in every call as far apart as in the first")
-        self._call(args, out)
-
-    def _call(self, args: Sequence[Sequence[Tensor]], out: Sequence[Sequence[Tensor]]) -> None:
-        calls, rows, width = len(args), args[0][0].shape[0], len(args[0]) + len(out[0])
-        places = [t.data_ptr() for pair in zip(args, out, strict=True) for tensors in pair for t in tensors]
-        table = (ctypes.c_void_p * (calls * width))(*places)
-        steps = (ctypes.c_int64 * width)(*[t.stride(0) for tensors in (args[0], out[0]) for t in tensors])
-        threads = 1 if rows < 2 else min(rows, torch.get_num_threads())
-        self._run(table, steps, rows, calls, threads, _space(threads * self.space), self.space)
-
-
-def _lies(x: Tensor, strides: Sequence[int]) -> bool:
-    """Whether a tensor has these strides, as far as it has more than one entry along a dimension."""
-    have = x.stride()
-    return have == strides or all(s == h or n == 1 for s, h, n in zip(strides, have, x.shape, strict=True))
+    def calls(self, args: Sequence[Run], out: Sequence[Run], number: int, *, backward: bool = False) -> Part:
+        """A number of calls for :func:`~titans_graph.kernels.native_calls.run_parts`; ``out`` takes the results of ``args``."""
+        return part(self._body, [*args, *out], number, backward=backward)
 
 
 def run_into(body: Callable[..., Sequence[Tensor]], args: Sequence[Tensor], out: Sequence[Tensor | None]) -> list[Tensor]:
@@ -181,16 +156,6 @@ def _allocator() -> Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Te
 
 
 _empty = _allocator()
-
-_SPACES = threading.local()
-
-
-def _space(size: int) -> int:
-    """The address of a work space of this thread, kept for the next call: then it is still in the caches."""
-    space: Tensor | None = getattr(_SPACES, "space", None)
-    if space is None or space.numel() < size:
-        space = _SPACES.space = torch.empty(size, dtype=torch.uint8, device="cpu")
-    return space.data_ptr()
 
 
 def _key(graph: torch.fx.GraphModule, args: Sequence[Tensor]) -> str:

@@ -43,35 +43,34 @@ def header(name: str) -> str:
 def source_of(program: Program) -> Source:
     """The C++ function of a program recorded for one row.
 
-    ``run(table, steps, rows, calls, threads, spaces, bytes)``: ``table`` has the addresses of the arguments and then of the
-    results of every call; ``steps``: entries from one row to the next for all of both; work spaces of ``bytes`` a thread.
-    A row goes through all calls before the next row does.
+    ``body(table, calls, row, thread, space)`` is that of a ``Part`` (native_calls.h): ``calls`` calls for one row, in a work
+    space of the thread. ``run`` is ``run_parts``, which takes the parts of other files as well.
     """
     writer = _Writer(program)
     loop = "\n".join(f"    {line}" for step in program.steps for line in writer.step(step))
     copies = "\n".join(f"    {line}" for line in writer.copies())
     tiled = any(isinstance(step, PackedSum) for step in program.steps)
+    width = program.arguments + len(program.results)
     text = f"""{PREFIX}
 #include <cstring>
+{header("calls")}
 {header("products")}
 {header("pieces") if tiled else ""}
 {writer.kernels()}
-extern "C" void run(void* const* table, const int64_t* in_step, int64_t rows, int64_t calls, int64_t threads, char* spaces,
-                    int64_t bytes) {{
-  const int64_t* out_step = in_step + {program.arguments};
+extern "C" void body(const titans_graph::Place* table, int64_t calls, int64_t row, int64_t thread, char* space) {{
   using namespace titans_graph;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t r = 0; r < rows; r++) {{
-    char* space = spaces + omp_get_thread_num() * bytes;
-    {"begin_tiles();" if tiled else ""}
-    for (int64_t c = 0; c < calls; c++) {{
-    void* const* in = table + c * {program.arguments + len(program.results)};
-    void* const* out = in + {program.arguments};
+  {"begin_tiles();" if tiled else ""}
+  for (int64_t c = 0; c < calls; c++, table += {width}) {{
+    char* at[{width}];
+    for (int64_t i = 0; i < {width}; i++) at[i] = table[i].start + row * table[i].row + thread * table[i].thread;
 {loop}
 {copies}
-    }}
-    {"end_tiles();" if tiled else ""}
   }}
+  {"end_tiles();" if tiled else ""}
+}}
+extern "C" void run(const titans_graph::Part* parts, int64_t count, int64_t rows, int64_t threads, char* spaces,
+                    int64_t bytes) {{
+  titans_graph::run_parts(parts, count, rows, threads, spaces, bytes);
 }}
 """
     results = [(list(v.size[1:]), C_TYPES[v.dtype]) for v in program.results]
@@ -127,14 +126,17 @@ class _Writer:
         return "\n".join(texts)
 
     def pointer(self, v: Value) -> str:
-        """The address of a value's first entry in row ``r``."""
+        """The address of a value's first entry."""
         kind = C_TYPES[v.dtype]
         if v.slot < self.program.arguments:
-            return f"static_cast<const {kind}*>(in[{v.slot}]) + r * in_step[{v.slot}] + {v.offset}"
+            return f"reinterpret_cast<const {kind}*>(at[{v.slot}]) + {v.offset}"
         if v.slot in self.placed:
-            number = self.placed[v.slot]
-            return f"static_cast<{kind}*>(out[{number}]) + r * out_step[{number}] + {v.offset}"
+            return f"{self.result(self.placed[v.slot])} + {v.offset}"
         return f"reinterpret_cast<{kind}*>(space + {self.at[v.slot]}) + {v.offset}"
+
+    def result(self, number: int) -> str:
+        """The address of a result."""
+        return f"reinterpret_cast<{C_TYPES[self.program.results[number].dtype]}*>(at[{self.program.arguments + number}])"
 
     def matrix(self, v: Value) -> str:
         """The address of matrix ``g`` of a value ``[G, ..., M, K]``."""
@@ -180,8 +182,7 @@ class _Writer:
         """The statements that copy the results which are not written in place."""
         for number, v in enumerate(self.program.results):
             if self.placed.get(v.slot) != number:
-                target = f"static_cast<{C_TYPES[v.dtype]}*>(out[{number}]) + r * out_step[{number}]"
-                yield f"std::memcpy({target}, {self.pointer(v)}, {prod(v.size) * v.dtype.itemsize});"
+                yield f"std::memcpy({self.result(number)}, {self.pointer(v)}, {prod(v.size) * v.dtype.itemsize});"
 
 
 def _by_columns(b: Value) -> bool:

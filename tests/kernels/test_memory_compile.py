@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.kernels.test_memory_cases import STATE, Case, assert_close, call, gradients, make
 from titans_graph.errors import UsageError
-from titans_graph.kernels import memory_checkpoints, memory_compile, memory_ops
+from titans_graph.kernels import memory_compile, memory_ops
 from titans_graph.kernels.memory import memory_scan, memory_step
 
 # Called with unpacked lists, which no checker follows.
@@ -128,8 +128,7 @@ def test_a_step_fuses_into_the_callers_region() -> None:
 
 @pytest.mark.compile
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
-def test_compiled_bodies_equal_eager_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_checkpoints, "ROOM", 0)  # Far apart, so that chunks between them are computed again.
+def test_compiled_bodies_equal_eager_ones() -> None:
     memory_compile._COMPILED.clear()
     for slots in (8, 16):
         case = make("linear", slots=slots)
