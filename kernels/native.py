@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from titans_graph.kernels import native_pieces
-from titans_graph.kernels.native_calls import Part, Run, loaded, part, run_parts
+from titans_graph.kernels.native_calls import Part, Run, loaded, part, run_once
 from titans_graph.kernels.native_graph import gather_products
 from titans_graph.kernels.native_pieces import in_pieces
 from titans_graph.kernels.native_program import Unsupported, dense_strides, record, written
@@ -114,8 +114,8 @@ class Native:
         from torch._inductor.codecache import CppCodeCache
 
         self.results = [(tuple(s), (prod(s), *dense_strides(s)), TYPES[kind]) for s, kind in source.results]
-        self._strides = [a.stride()[1:] for a in examples]
-        rows = [*self._strides, *(stride[1:] for _, stride, _ in self.results)]
+        self._dense = [(a.stride(), a.stride(0) * a.element_size()) for a in examples]
+        rows = [*(a.stride()[1:] for a in examples), *(stride[1:] for _, stride, _ in self.results)]
         self._body = loaded(CppCodeCache.load(source.text), rows, source.space)
 
     def __call__(self, *args: Tensor, out: Sequence[Tensor | None] = ()) -> list[Tensor]:
@@ -123,13 +123,20 @@ class Native:
 
         Rows may lie anywhere; an argument whose rows have gaps in themselves is copied first.
         """
-        rows = args[0].shape[0]
-        dense = [a if a.stride()[1:] == s else a.contiguous() for a, s in zip(args, self._strides, strict=True)]
-        results = [
-            _empty((rows, *shape), stride, dtype) if given is None else given
-            for (shape, stride, dtype), given in zip_longest(self.results, out)
-        ]
-        run_parts([self.calls([[x] for x in dense], [[x] for x in results], 1)], rows)
+        places: list[int] = []
+        rows, held = args[0].shape[0], []
+        for a, (strides, step) in zip(args, self._dense, strict=True):
+            have = a.stride()
+            if have[1:] != strides[1:]:
+                a = a.contiguous()
+                held.append(a)
+            places += a.data_ptr(), step if have == strides else a.stride(0) * a.element_size(), 0
+        results = []
+        for (shape, strides, dtype), given in zip_longest(self.results, out):
+            x = _empty((rows, *shape), strides, dtype) if given is None else given
+            places += x.data_ptr(), x.stride(0) * x.element_size(), 0
+            results.append(x)
+        run_once(self._body, places, rows)
         return results
 
     def calls(self, args: Sequence[Run], out: Sequence[Run], number: int, *, backward: bool = False) -> Part:

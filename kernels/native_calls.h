@@ -25,4 +25,10 @@ static void run_parts(const Part* parts, int64_t count, int64_t rows, int64_t th
   }
 }
 
+static void run_once(
+    decltype(Part::body) body, const Place* table, int64_t rows, int64_t threads, char* spaces, int64_t bytes) {
+  const Part part{body, table, 1};
+  run_parts(&part, 1, rows, threads, spaces, bytes);
+}
+
 }  // namespace titans_graph

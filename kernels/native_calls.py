@@ -27,10 +27,13 @@ Run = Tensor | Sequence[Tensor | PerThread]
 
 
 class Body(NamedTuple):
-    """A loaded body: its function, ``run_parts``, the strides of a row of every argument and result, bytes of work space."""
+    """A loaded body: its function, ``run_parts`` and ``run_once``, the strides of a row of every argument and result, and
+    bytes of work space.
+    """
 
     function: int
     run: Callable[..., None]
+    once: Callable[..., None]
     strides: Sequence[tuple[int, ...]]
     space: int
 
@@ -50,11 +53,12 @@ class Part(NamedTuple):
 def loaded(library: Any, strides: Sequence[tuple[int, ...]], space: int) -> Body:
     """A body from its library."""
     address, number = ctypes.c_void_p, ctypes.c_int64
-    run = library.run
+    run, once = library.run, library.once
     run.argtypes, run.restype = [address, number, number, number, address, number], None
+    once.argtypes, once.restype = [address, number, number, address, number], None
     function = ctypes.cast(library.body, address).value
     assert function is not None
-    return Body(function, run, strides, space)
+    return Body(function, run, once, strides, space)
 
 
 def part(body: Body, runs: Sequence[Run], calls: int, *, backward: bool = False) -> Part:
@@ -78,6 +82,12 @@ def run_parts(parts: Sequence[Part], rows: int) -> None:
     structure = (_Part * len(parts))(*[_Part(p.body.function, p.table.buffer_info()[0], p.calls) for p in parts])
     threads, space = threads_for(rows), max(p.body.space for p in parts)
     parts[0].body.run(structure, len(parts), rows, threads, _space(threads * space), space)
+
+
+def run_once(body: Body, places: Sequence[int], rows: int) -> None:
+    """One call; ``places``: of every argument and result its address, bytes from row to row, and 0."""
+    table, threads = array("q", places), threads_for(rows)
+    body.once(table.buffer_info()[0], rows, threads, _space(threads * body.space), body.space)
 
 
 def threads_for(rows: int) -> int:

@@ -36,13 +36,13 @@ static inline __attribute__((always_inline)) void accumulate(
 #pragma GCC unroll 2
   for (int64_t k = 0; k < p.inner; k++) {
     Vec<T> row[WIDTH];
-#pragma GCC unroll 4
+#pragma GCC unroll 16
     for (int j = 0; j < WIDTH; j++)
       row[j] = FULL || j < WIDTH - 1 ? Vec<T>::loadu(b + k * p.b_row + j * L) : Vec<T>::loadu(b + k * p.b_row + j * L, rest);
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; i++) {
       const Vec<T> factor(a[i * p.a_row + k * p.a_column]);
-#pragma GCC unroll 4
+#pragma GCC unroll 16
       for (int j = 0; j < WIDTH; j++) sum[i][j] = at::vec::fmadd(factor, row[j], sum[i][j]);
     }
   }
@@ -52,7 +52,7 @@ template <typename T, int ROWS, int WIDTH>
 static inline __attribute__((always_inline)) void negate(Tile<T, ROWS, WIDTH>& sum) {
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; i++)
-#pragma GCC unroll 4
+#pragma GCC unroll 16
     for (int j = 0; j < WIDTH; j++) sum[i][j] = sum[i][j].neg();
 }
 
@@ -64,7 +64,7 @@ static __attribute__((noinline)) void tile(
   Tile<T, ROWS, WIDTH> sum;
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; i++)
-#pragma GCC unroll 4
+#pragma GCC unroll 16
     for (int j = 0; j < WIDTH; j++) sum[i][j] = Vec<T>(T(0));
   int t = 0;
   for (; t < count && terms[t].minus; t++) accumulate<T, ROWS, WIDTH, FULL>(sum, terms[t], m, n, rest);
@@ -73,7 +73,7 @@ static __attribute__((noinline)) void tile(
   T* at = out + m * columns + n;
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; i++)
-#pragma GCC unroll 4
+#pragma GCC unroll 16
     for (int j = 0; j < WIDTH; j++) {
       if (FULL || j < WIDTH - 1) sum[i][j].store(at + i * columns + j * L);
       else sum[i][j].store(at + i * columns + j * L, rest);
@@ -109,11 +109,45 @@ static __attribute__((noinline)) void transpose(const T* from, int64_t stride, T
   }
 }
 
+// The sum of a[k] b[k], both without gaps.
+template <typename T>
+static inline __attribute__((always_inline)) T dot(const T* a, const T* b, int64_t inner) {
+  constexpr int64_t L = Vec<T>::size();
+  Vec<T> sum(T(0));
+  int64_t k = 0;
+  for (; k + L <= inner; k += L) sum = at::vec::fmadd(Vec<T>::loadu(a + k), Vec<T>::loadu(b + k), sum);
+  if (k < inner) sum = at::vec::fmadd(Vec<T>::loadu(a + k, inner - k), Vec<T>::loadu(b + k, inner - k), sum);
+  return at::vec::vec_reduce_all<T>([](Vec<T>& x, Vec<T>& y) { return x + y; }, sum);
+}
+
+// The same as sum_of_products for one row, which reads every b once and has nothing to gain from transposing it.
+template <typename T>
+static __attribute__((noinline)) void row_of_products(Product<T>* terms, int count, T* out, int64_t columns) {
+  constexpr int64_t L = Vec<T>::size();
+  // Those that are dots go behind the others, which keep their order.
+  Product<T>* dots = std::stable_partition(terms, terms + count, [](const Product<T>& p) { return p.b_column == 1; });
+  const int plain = static_cast<int>(dots - terms);
+  int64_t n = 0;
+  for (; n + 4 * WIDE<T> * L <= columns; n += 4 * WIDE<T> * L) tile<T, 1, 4 * WIDE<T>, true>(terms, plain, 0, n, out, columns, L);
+  for (; n + WIDE<T> * L <= columns; n += WIDE<T> * L) tile<T, 1, WIDE<T>, true>(terms, plain, 0, n, out, columns, L);
+  for (; n + L <= columns; n += L) tile<T, 1, 1, true>(terms, plain, 0, n, out, columns, L);
+  if (n < columns) tile<T, 1, 1, false>(terms, plain, 0, n, out, columns, columns - n);
+  for (; dots != terms + count; dots++)
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < columns; j++) {
+      const T sum = dot(dots->a, dots->b + j * dots->b_column, dots->inner);
+      out[j] += dots->minus ? -sum : sum;
+    }
+}
+
 // out [rows, columns] = sum of terms, those to be subtracted first. Rows of every b must have no gaps (b_column 1), or else its
 // columns (b_row 1): such a b is transposed into `scratch` first.
 template <typename T>
 static void sum_of_products(Product<T>* terms, int count, T* out, int64_t rows, int64_t columns, T* scratch) {
   constexpr int64_t L = Vec<T>::size();
+  // What is one row has no gaps unless it is a column of something.
+  if (rows == 1 && std::all_of(terms, terms + count, [](const Product<T>& p) { return p.a_column == 1 || p.inner == 1; }))
+    return row_of_products<T>(terms, count, out, columns);
   for (int t = 0; t < count; t++) {
     Product<T>& p = terms[t];
     if (p.b_column == 1) continue;

@@ -44,7 +44,7 @@ def source_of(program: Program) -> Source:
     """The C++ function of a program recorded for one row.
 
     ``body(table, calls, row, thread, space)`` is that of a ``Part`` (native_calls.h): ``calls`` calls for one row, in a work
-    space of the thread. ``run`` is ``run_parts``, which takes the parts of other files as well.
+    space of the thread. ``run`` is ``run_parts``, which takes the parts of other files as well; ``once`` is one call.
     """
     writer = _Writer(program)
     loop = "\n".join(f"    {line}" for step in program.steps for line in writer.step(step))
@@ -52,6 +52,7 @@ def source_of(program: Program) -> Source:
     tiled = any(isinstance(step, PackedSum) for step in program.steps)
     width = program.arguments + len(program.results)
     text = f"""{PREFIX}
+#include <algorithm>
 #include <cstring>
 {header("calls")}
 {header("products")}
@@ -71,6 +72,9 @@ extern "C" void body(const titans_graph::Place* table, int64_t calls, int64_t ro
 extern "C" void run(const titans_graph::Part* parts, int64_t count, int64_t rows, int64_t threads, char* spaces,
                     int64_t bytes) {{
   titans_graph::run_parts(parts, count, rows, threads, spaces, bytes);
+}}
+extern "C" void once(const titans_graph::Place* table, int64_t rows, int64_t threads, char* spaces, int64_t bytes) {{
+  titans_graph::run_once(body, table, rows, threads, spaces, bytes);
 }}
 """
     results = [(list(v.size[1:]), C_TYPES[v.dtype]) for v in program.results]

@@ -32,7 +32,8 @@ Body = Callable[..., Sequence[Tensor]]
 aten, bmm = torch.ops.aten, torch.bmm
 
 SIZES = [(1, 1, 1), (2, 3, 5), (6, 17, 64), (7, 65, 33), (13, 40, 1), (64, 1, 16), (64, 64, 256), (21, 100, 130), (4, 9, 48)]
-"""Rows, inner size and columns: around every tile and every vector, and the sizes of the usual memory."""
+SIZES += [(1, 7, 373), (1, 65, 33), (1, 256, 64), (1, 1, 20)]
+"""Rows, inner size and columns: around every tile and every vector, the sizes of the usual memory, and single rows."""
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
