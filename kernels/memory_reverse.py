@@ -42,6 +42,7 @@ class Reverse:
         self.tokens = [x.new_empty(x.shape[0] * x.shape[1], len(walk.flags), walk.chunk, *x.shape[3:]) for x in walk.tokens]
         self.parts = [x.transpose(0, 1) for x in self.tokens]
         self.group: list[tuple[list[Tensor], list[Tensor]]] = []
+        self.threads = threads_for(len(self.weights[0]))
         self._between: list[list[PerThread]] = []
 
     def start(self, c: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -112,7 +113,7 @@ class Reverse:
         args: list[Run] = [*states, *tokens, *kept, *y, *(x[1:] for x in ends)]
         out: list[Run] = [*(x[:-1] for x in ends), *(x[low : low + n] for x in self.parts)]
         ahead = advance.calls(before, [x[1:] for x in states], n - 1)
-        run_parts([ahead, pullback.calls(args, out, n, backward=True)], len(first[0]))
+        run_parts([ahead, pullback.calls(args, out, n, backward=True)], len(first[0]), self.threads)
         self.weights, self.momenta = carried[:count], carried[count:]
         if walk.flags[low].any_restart:
             self._to_initial(walk.flags[low])
@@ -120,9 +121,8 @@ class Reverse:
     def _places(self) -> tuple[list[list[PerThread]], list[list[PerThread]]]:
         """For every weight and momentum: places of the states between two checkpoints, and two of its cotangent."""
         if not self._between:
-            threads = threads_for(len(self.weights[0]))
             shapes = [x.shape[1:] for x in (*self.weights, *self.momenta)]
-            made = [self.weights[0].new_empty(self.every + 1, threads, *s) for s in shapes]
+            made = [self.weights[0].new_empty(self.every + 1, self.threads, *s) for s in shapes]
             self._between = [[PerThread(x) for x in places.unbind(0)] for places in made]
         return [x[2:] for x in self._between], [x[:2] for x in self._between]
 

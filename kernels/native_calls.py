@@ -77,10 +77,10 @@ def part(body: Body, runs: Sequence[Run], calls: int, *, backward: bool = False)
     return Part(body, array("q", table), calls)
 
 
-def run_parts(parts: Sequence[Part], rows: int) -> None:
-    """All parts, row after row."""
+def run_parts(parts: Sequence[Part], rows: int, threads: int) -> None:
+    """All parts, row after row, on so many threads: at most as many as there are places of every :class:`PerThread`."""
     structure = (_Part * len(parts))(*[_Part(p.body.function, p.table.buffer_info()[0], p.calls) for p in parts])
-    threads, space = threads_for(rows), max(p.body.space for p in parts)
+    space = max(p.body.space for p in parts)
     parts[0].body.run(structure, len(parts), rows, threads, _space(threads * space), space)
 
 

@@ -187,12 +187,13 @@ def test_a_row_goes_through_all_calls(doubled: Native, threads: int) -> None:
     torch.set_num_threads(threads)
     try:
         x, out = torch.randn(5, 3, 4), torch.empty(2, 5, 3, 4)
-        there = PerThread(torch.empty(threads_for(5), 3, 4))
+        assert threads_for(5) == threads
+        there = PerThread(torch.empty(threads, 3, 4))
         steps = [doubled.calls([[x, there]], [[there, out[0]]], 2), doubled.calls([out[:1]], [out[1:]], 1)]
-        run_parts(steps, 5)
+        run_parts(steps, 5, threads)
         assert torch.equal(out[0], 4 * x)
         assert torch.equal(out[1], 8 * x)
-        run_parts([doubled.calls([[there, x]], [[out[0], there]], 2, backward=True)], 5)
+        run_parts([doubled.calls([[there, x]], [[out[0], there]], 2, backward=True)], 5, threads)
         assert torch.equal(out[0], 4 * x)
     finally:
         torch.set_num_threads(before)
