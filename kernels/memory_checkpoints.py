@@ -1,8 +1,8 @@
 """Which chunks of a scan leave their first weights and momenta for the backward pass, and which are computed again.
 
 A checkpoint costs the size of all weights and momenta; a chunk without one costs its update once more. The backward pass goes
-from checkpoint to checkpoint, on a processor row by row (a row is a head of a sequence), so that the states in between stay in
-a core's second cache.
+from checkpoint to checkpoint, on a processor row by row (a row is a head of a sequence), so that a state is still in a core's
+second cache when the next is made of it.
 """
 
 from __future__ import annotations

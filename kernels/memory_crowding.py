@@ -69,7 +69,7 @@ def _sums(keys: Tensor) -> Tensor:
     A few chunks at a time, which stay in the caches; and dense ones: the product would copy both sides value by value.
     """
     parts = [x.contiguous() for x in torch.split(keys, TOGETHER, -3)]
-    return torch.cat([running(x @ x.mT).abs_().tril_().sum(-1) for x in parts], -2)
+    return torch.cat([running(x @ x.mT).abs().tril().sum(-1) for x in parts], -2)
 
 
 @_whole.register_fake

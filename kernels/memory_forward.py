@@ -12,7 +12,7 @@ from titans_graph.kernels.memory_checkpoints import slots, storage
 from titans_graph.kernels.memory_compile import FORWARD
 from titans_graph.kernels.memory_walk import Flags, Walk, restarted, where
 from titans_graph.kernels.native import Native
-from titans_graph.kernels.native_calls import Run, run_parts, threads_for
+from titans_graph.kernels.native_calls import Run, run_parts
 
 
 class Forward:
@@ -73,8 +73,7 @@ class Forward:
         extra = [x.transpose(0, 1)[there] for x in self.extra]
         args: list[Run] = [*(x[:-1] for x in states), *self.walk.runs(c, n)]
         out: list[Run] = [self.answers[there], *(x[1:] for x in states), *extra]
-        rows = len(self.weights[0])
-        run_parts([body.calls(args, out, n)], rows, threads_for(rows))
+        run_parts([body.calls(args, out, n)], len(self.weights[0]))
         self.anchor = [x[-2] for x in states[:count]]
         self.weights, self.momenta = ([x[-1] for x in part] for part in (states[:count], states[count:]))
 

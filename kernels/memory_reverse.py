@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from titans_graph.kernels import memory_walk
 from titans_graph.kernels.memory_checkpoints import owned
 from titans_graph.kernels.memory_compile import ADVANCE, PULLBACK
 from titans_graph.kernels.memory_walk import Flags, Walk, added, masked, pieces, restarted
@@ -35,14 +36,14 @@ class Reverse:
         count = self.count = walk.count
         self.states, self.products = saved[: 2 * count], saved[2 * count :]
         anchor, self.weights, self.momenta = ([x.clone() for x in ends[i * count : (i + 1) * count]] for i in range(3))
-        # Without any it need not be carried, which chunks that go together do not.
-        self.anchor: list[Tensor] | None = anchor if any(bool(x.any()) for x in anchor) else None
+        # Chunks that go together carry none. On a GPU there are no such chunks, and looking would wait for it.
+        unused = y.device.type == "cpu" and not any(bool(x.any()) for x in anchor)
+        self.anchor: list[Tensor] | None = None if unused else anchor
         self.initial_weights: list[Tensor] | None = None
         self.initial_momenta: list[Tensor] | None = None
         self.tokens = [x.new_empty(x.shape[0] * x.shape[1], len(walk.flags), walk.chunk, *x.shape[3:]) for x in walk.tokens]
         self.parts = [x.transpose(0, 1) for x in self.tokens]
         self.group: list[tuple[list[Tensor], list[Tensor]]] = []
-        self.threads = threads_for(len(self.weights[0]))
         self._between: list[list[PerThread]] = []
 
     def start(self, c: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -101,6 +102,7 @@ class Reverse:
         """
         walk, count = self.walk, self.count
         first = [x.contiguous() for values in self.start(low) for x in values]
+        # A body that is not native may have given views.
         carried, later, turns = owned([*self.weights, *self.momenta]), *self._places()
         # Before each chunk the state, and its cotangent; that also after the last.
         states: list[list[Tensor | PerThread]] = [[x, *more[: n - 1]] for x, more in zip(first, later, strict=True)]
@@ -113,7 +115,7 @@ class Reverse:
         args: list[Run] = [*states, *tokens, *kept, *y, *(x[1:] for x in ends)]
         out: list[Run] = [*(x[:-1] for x in ends), *(x[low : low + n] for x in self.parts)]
         ahead = advance.calls(before, [x[1:] for x in states], n - 1)
-        run_parts([ahead, pullback.calls(args, out, n, backward=True)], len(first[0]), self.threads)
+        run_parts([ahead, pullback.calls(args, out, n, backward=True)], len(first[0]))
         self.weights, self.momenta = carried[:count], carried[count:]
         if walk.flags[low].any_restart:
             self._to_initial(walk.flags[low])
@@ -121,8 +123,8 @@ class Reverse:
     def _places(self) -> tuple[list[list[PerThread]], list[list[PerThread]]]:
         """For every weight and momentum: places of the states between two checkpoints, and two of its cotangent."""
         if not self._between:
-            shapes = [x.shape[1:] for x in (*self.weights, *self.momenta)]
-            made = [self.weights[0].new_empty(self.every + 1, self.threads, *s) for s in shapes]
+            most, threads = min(self.every, memory_walk.TOGETHER), threads_for(len(self.weights[0]))
+            made = [x.new_empty(most + 1, threads, *x.shape[1:]) for x in (*self.weights, *self.momenta)]
             self._between = [[PerThread(x) for x in places.unbind(0)] for places in made]
         return [x[2:] for x in self._between], [x[:2] for x in self._between]
 

@@ -136,7 +136,8 @@ class Walk:
     def together(self, c: int, *, backward: bool = False) -> int:
         """How many chunks from ``c`` on, or down from it, native bodies can run through in one call; at least 1.
 
-        Such chunks are full and begun in every row; where rows restart, their weights are exchanged before the body.
+        Such chunks are full and begun in every row; rows restart at the first of them alone, for which the walks exchange
+        their weights.
         """
         count = 0
         for flags in self.flags[c::-1] if backward else self.flags[c:]:

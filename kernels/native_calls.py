@@ -7,6 +7,7 @@ leaves for the next is still in the caches, what no row keeps has a place of the
 from __future__ import annotations
 
 import ctypes
+import sys
 import threading
 from array import array
 from collections.abc import Callable, Sequence
@@ -43,11 +44,15 @@ class _Part(ctypes.Structure):
 
 
 class Part(NamedTuple):
-    """``calls`` calls of a body, as :func:`part` makes them."""
+    """``calls`` calls of a body, as :func:`part` makes them: addresses of tensors that whoever made it keeps alive.
+
+    ``threads``: how many have a place wherever there is one for each.
+    """
 
     body: Body
     table: array[int]
     calls: int
+    threads: int
 
 
 def loaded(library: Any, strides: Sequence[tuple[int, ...]], space: int) -> Body:
@@ -69,23 +74,27 @@ def part(body: Body, runs: Sequence[Run], calls: int, *, backward: bool = False)
     width = 3 * len(runs)
     table = [0] * (width * calls)
     for i, (run, row) in enumerate(zip(runs, body.strides, strict=True)):
-        places = _places(run, row)
-        if len(places[0]) != calls:
-            raise ValueError(f"{calls} calls, and {len(places[0])} places of an argument or a result")
-        for j, column in enumerate(places, 3 * i):
+        columns = _places(run, row)
+        if len(columns[0]) != calls:
+            raise ValueError(f"{calls} calls, and {len(columns[0])} places of an argument or a result")
+        for j, column in enumerate(columns, 3 * i):
             table[j::width] = reversed(column) if backward else column
-    return Part(body, array("q", table), calls)
+    places = [x.places for run in runs if not isinstance(run, Tensor) for x in run if isinstance(x, PerThread)]
+    return Part(body, array("q", table), calls, min((len(x) for x in places), default=sys.maxsize))
 
 
-def run_parts(parts: Sequence[Part], rows: int, threads: int) -> None:
-    """All parts, row after row, on so many threads: at most as many as there are places of every :class:`PerThread`."""
+def run_parts(parts: Sequence[Part], rows: int) -> None:
+    """All parts, row after row."""
     structure = (_Part * len(parts))(*[_Part(p.body.function, p.table.buffer_info()[0], p.calls) for p in parts])
-    space = max(p.body.space for p in parts)
+    threads, space = min(threads_for(rows), *(p.threads for p in parts)), max(p.body.space for p in parts)
     parts[0].body.run(structure, len(parts), rows, threads, _space(threads * space), space)
 
 
 def run_once(body: Body, places: Sequence[int], rows: int) -> None:
-    """One call; ``places``: of every argument and result its address, bytes from row to row, and 0."""
+    """One call, without the work of :func:`part`, which is a quarter of a token's time in decoding.
+
+    ``places``: of every argument and result its address, bytes from row to row, and 0.
+    """
     table, threads = array("q", places), threads_for(rows)
     body.once(table.buffer_info()[0], rows, threads, _space(threads * body.space), body.space)
 

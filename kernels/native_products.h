@@ -120,12 +120,12 @@ static inline __attribute__((always_inline)) T dot(const T* a, const T* b, int64
   return at::vec::vec_reduce_all<T>([](Vec<T>& x, Vec<T>& y) { return x + y; }, sum);
 }
 
-// The same as sum_of_products for one row, which reads every b once and has nothing to gain from transposing it.
+// The same as sum_of_products for one row without gaps in any a, which reads every b once and has nothing to gain from transposing
+// it. Terms whose b would be, and which are dots here, come last, of the others those to be subtracted first.
 template <typename T>
-static __attribute__((noinline)) void row_of_products(Product<T>* terms, int count, T* out, int64_t columns) {
+static __attribute__((noinline)) void row_of_products(const Product<T>* terms, int count, T* out, int64_t columns) {
   constexpr int64_t L = Vec<T>::size();
-  // Those that are dots go behind the others, which keep their order.
-  Product<T>* dots = std::stable_partition(terms, terms + count, [](const Product<T>& p) { return p.b_column == 1; });
+  const Product<T>* dots = std::find_if(terms, terms + count, [](const Product<T>& p) { return p.b_column != 1; });
   const int plain = static_cast<int>(dots - terms);
   int64_t n = 0;
   for (; n + 4 * WIDE<T> * L <= columns; n += 4 * WIDE<T> * L) tile<T, 1, 4 * WIDE<T>, true>(terms, plain, 0, n, out, columns, L);
@@ -145,9 +145,6 @@ static __attribute__((noinline)) void row_of_products(Product<T>* terms, int cou
 template <typename T>
 static void sum_of_products(Product<T>* terms, int count, T* out, int64_t rows, int64_t columns, T* scratch) {
   constexpr int64_t L = Vec<T>::size();
-  // What is one row has no gaps unless it is a column of something.
-  if (rows == 1 && std::all_of(terms, terms + count, [](const Product<T>& p) { return p.a_column == 1 || p.inner == 1; }))
-    return row_of_products<T>(terms, count, out, columns);
   for (int t = 0; t < count; t++) {
     Product<T>& p = terms[t];
     if (p.b_column == 1) continue;

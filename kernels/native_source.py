@@ -153,8 +153,13 @@ class _Writer:
                 yield f"kernel_{kernel}({', '.join(map(self.pointer, values))});"
             case Sum(_, _, signs, out):
                 kind = C_TYPES[out.dtype]
-                terms = ", ".join(self._term(step, i) for i in sorted(range(len(signs)), key=lambda i: signs[i]))
+                one = out.size[1] == 1 and all(a.stride[2] == 1 or a.size[2] == 1 for a in step.left)
+                order = sorted(range(len(signs)), key=lambda i: (one and _by_columns(step.right[i]), signs[i]))
+                terms = ", ".join(self._term(step, i) for i in order)
                 yield f"for (int64_t g = 0; g < {out.size[0]}; g++) {{ Product<{kind}> terms[] = {{{terms}}};"
+                if one:
+                    yield f"  row_of_products<{kind}>(terms, {len(signs)}, {self.matrix(out)}, {out.size[2]}); }}"
+                    return
                 yield f"  auto* scratch = reinterpret_cast<{kind}*>(space + {self.top});"
                 place = f"{self.matrix(out)}, {out.size[1]}, {out.size[2]}"
                 yield f"  sum_of_products<{kind}>(terms, {len(signs)}, {place}, scratch); }}"

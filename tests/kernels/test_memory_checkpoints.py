@@ -1,4 +1,4 @@
-"""Checkpoints of a scan: the rule, and that gradients do not depend on it."""
+"""Checkpoints of a scan: where they lie, and that gradients do not depend on them."""
 
 from __future__ import annotations
 
@@ -38,6 +38,14 @@ def test_many_chunks() -> None:
     """More than one checkpoint by default, and a last stretch that is shorter."""
     case = make({"mlp": {"hidden": 4}}, slots=4 * (2 * EVERY + 3), chunk=4)
     assert_close(gradients(case, call(case, None)), gradients(case, call(case, 1)), 1e-12)
+
+
+@pytest.mark.compile
+def test_far_fewer_than_chunks() -> None:
+    """One checkpoint at the start costs no more places than there are chunks in a stretch."""
+    case = make({"mlp": {"hidden": 4}}, slots=44, chunk=4)
+    got = gradients(case, call(case, 10**9, "compiled"))
+    assert_close(got, gradients(case, call(case, 1)), 1e-12)
 
 
 @given(steps=st.integers(1, 40), every=st.integers(1, 12), rows=st.integers(0, 3))

@@ -127,6 +127,22 @@ def test_the_same_as_one_at_a_time(
 
 
 @pytest.mark.compile
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_have_places_of_their_own(threads: int) -> None:
+    case = make(MLP, slots=44, chunk=4, batch=3)
+    truth = call(case, "reference")
+    want = [*truth, *gradients(case, truth)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for _ in range(5):
+            got = call(case, "compiled")
+            assert_close([*got, *gradients(case, got)], want, GRADIENT_BAR)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.compile
 @pytest.mark.parametrize(("hidden", "bounded", "width"), [(4, False, 0), (16, False, 13), (4, True, 0), (16, True, 13)])
 def test_without_gradients(hidden: int, bounded: bool, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """No checkpoints: the state of a stretch goes to two places in turns, and the last of them is what comes out."""
@@ -188,12 +204,12 @@ def test_a_row_goes_through_all_calls(doubled: Native, threads: int) -> None:
     try:
         x, out = torch.randn(5, 3, 4), torch.empty(2, 5, 3, 4)
         assert threads_for(5) == threads
-        there = PerThread(torch.empty(threads, 3, 4))
+        there = PerThread(torch.empty(threads, 3, 4))  # However many threads there are by the time of the call.
         steps = [doubled.calls([[x, there]], [[there, out[0]]], 2), doubled.calls([out[:1]], [out[1:]], 1)]
-        run_parts(steps, 5, threads)
+        run_parts(steps, 5)
         assert torch.equal(out[0], 4 * x)
         assert torch.equal(out[1], 8 * x)
-        run_parts([doubled.calls([[there, x]], [[out[0], there]], 2, backward=True)], 5, threads)
+        run_parts([doubled.calls([[there, x]], [[out[0], there]], 2, backward=True)], 5)
         assert torch.equal(out[0], 4 * x)
     finally:
         torch.set_num_threads(before)
