@@ -7,8 +7,9 @@ from torch import Tensor
 
 
 def silu(x: Tensor) -> Tensor:
-    """``x sigmoid(x)``: derivatives of every order are made from one exponential, where those of ``F.silu`` take one each.
+    """``x sigmoid(x)`` of every value, any shape (Elfwing and others, arXiv 1702.03118).
 
-    A chunk of the memory with 64 -> 256 -> 64 on a processor: forward 4 %, backward 2 % faster.
+    Derivatives of every order are made from one exponential, where those of ``F.silu`` take one each. A chunk of the memory
+    with 64 -> 256 -> 64 on a processor: forward 4 %, backward 2 % faster.
     """
     return x * torch.sigmoid(x)

@@ -17,7 +17,7 @@ EVERY = 8
 
 
 def storage(steps: int, every: int, state: Sequence[Tensor]) -> list[Tensor]:
-    """Room for the checkpoints of ``steps`` chunks, for every tensor of a state: flat, and one value longer.
+    """Room for the checkpoints of ``steps`` chunks, for every weight and momentum ``[N, *shape]``: flat, one value longer.
 
     A compiled region would be specialised on a size of 1, which the number of checkpoints may be.
     """
@@ -25,7 +25,7 @@ def storage(steps: int, every: int, state: Sequence[Tensor]) -> list[Tensor]:
 
 
 def slots(flat: Sequence[Tensor], steps: int, every: int, state: Sequence[Tensor]) -> list[Tensor]:
-    """What :func:`storage` made, as ``[checkpoints, *shape]``."""
+    """What :func:`storage` made, as ``[checkpoints, N, *shape]``."""
     return [x[:-1].view((steps + every - 1) // every, *like.shape) for x, like in zip(flat, state, strict=True)]
 
 
