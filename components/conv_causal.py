@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titans_graph.kernels.convolution import causal_conv
+from titans_graph.kernels.convolution import short_convolution
 from titans_graph.registry import Component, Port, Site, parameter
 from titans_graph.shapes import Clock, Dependence, Value, stream
 
@@ -77,5 +76,5 @@ class CausalConv(Component, nn.Module):
 
     def forward(self, x: Tensor, state: Mapping[str, Tensor], clock: Clock) -> tuple[Tensor, dict[str, Tensor]]:
         """x ``[B, G, dim]`` -> ``[B, G, dim]`` and the new state."""
-        y, tail = causal_conv(x, state["tail"], self.weight, self.bias, clock)
-        return F.silu(y) if self.silu else y, {"tail": tail}
+        y, tail = short_convolution(x, state["tail"], self.weight, self.bias, clock, activated=self.silu)
+        return y[:, 0], {"tail": tail}

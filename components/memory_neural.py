@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans_graph.errors import MissingInput, SegmentProblem, UsageError, WrongType
-from titans_graph.kernels.convolution import causal_conv, near_identity
+from titans_graph.kernels import native_convolution
+from titans_graph.kernels.convolution import by_heads, near_identity, short_convolution
 from titans_graph.kernels.memory import memory_read, memory_scan, memory_step
 from titans_graph.kernels.memory_crowding import crowding, step_cap
 from titans_graph.kernels.memory_decode import decode_kernel
@@ -289,6 +290,8 @@ class NeuralMemory(Component, nn.Module):
         p, weight = self.p, self.norm
         if weight.device.type == "cpu" and p.kernel in ("by device", "chunk"):
             form = form_of(p.network, p.objective, p.read, p.cap == "keys")
+            if p.conv:
+                native_convolution.prepare()
             needed = kinds(training=training, several=not self.opens or self.segment > p.chunk)
             prebuild(form, needed, batch * p.heads, p.chunk, self.size, running(weight).dtype)
 
@@ -310,10 +313,8 @@ class NeuralMemory(Component, nn.Module):
         return self._advance(write, write if ask is None else ask, opening, state, clock)
 
     def _open(self, opening: Tensor, state: State, clock: Clock) -> Tensor:
-        x = self.query(opening)
-        if self.p.conv:
-            x, _ = causal_conv(x, self.query(state["tail.opening"]), self.taps["query"], None, clock)
-        q = self._heads(F.normalize(self._split(F.silu(x)), dim=-1))
+        tail = self.query(state["tail.opening"]) if self.p.conv else None
+        q, _ = self._convolved("query", self.query(opening), tail, clock)
         weights = self._opening_weights(state, clock)
         return self._finish(memory_read(self.p.network, weights, q), opening)
 
@@ -322,7 +323,6 @@ class NeuralMemory(Component, nn.Module):
         q = self._stream("query", self.query(ask), state, new, clock)
         k = self._stream("key", self.key(write), state, new, clock)
         v = self._stream("value", self.value(write), state, new, clock)
-        q, k, v = map(self._heads, (F.normalize(q, dim=-1), F.normalize(k, dim=-1), v))
         step, log_momentum, log_keep = self._controls(write)
         if self.p.cap == "keys":
             r, new["keys"] = crowding(k, state["keys"], clock.valid, clock.position, clock.lead, clock.end)
@@ -358,17 +358,17 @@ class NeuralMemory(Component, nn.Module):
         return [running(self.initial[n]) for n in self.names]
 
     def _stream(self, name: str, x: Tensor, state: State, new: dict[str, Tensor], clock: Clock) -> Tensor:
-        """Convolution, SiLU, heads: ``[B, G, H * d]`` -> ``[B, G, H, d]``."""
-        if self.p.conv:
-            x, new[f"tail.{name}"] = causal_conv(x, state[f"tail.{name}"], self.taps[name], None, clock)
-        return self._split(F.silu(x))
+        y, tail = self._convolved(name, x, state.get(f"tail.{name}"), clock)
+        if tail is not None:
+            new[f"tail.{name}"] = tail
+        return y
 
-    def _split(self, x: Tensor) -> Tensor:
-        return x.reshape(*x.shape[:-1], self.p.heads, self.size)
-
-    @staticmethod
-    def _heads(x: Tensor) -> Tensor:
-        return x.transpose(1, 2)
+    def _convolved(self, name: str, x: Tensor, tail: Tensor | None, clock: Clock) -> tuple[Tensor, Tensor | None]:
+        """Convolution, SiLU, and for queries and keys unit norm: ``[B, G, H * d]`` -> ``[B, H, G, d]`` and the new tail."""
+        heads, unit = self.p.heads, name != "value"
+        if tail is None:
+            return by_heads(x, heads, activated=True, unit=unit), None
+        return short_convolution(x, tail, self.taps[name], None, clock, heads=heads, activated=True, unit=unit)
 
     def _controls(self, write: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``theta``, ``log eta`` and ``log (1 - alpha)``, each ``[B, H, G]``."""

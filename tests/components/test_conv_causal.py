@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,8 +9,6 @@ from torch import Tensor
 
 from tests.components.harness import build, calls, close, document_starts, site, stream
 from titans_graph.components.conv_causal import CausalConv
-from titans_graph.kernels import convolution
-from titans_graph.kernels.convolution import causal_conv
 from titans_graph.shapes import stream as stream_of
 
 STORIES = [[11], [5, 6], [1, 1, 2, 7]]
@@ -53,30 +49,3 @@ def test_the_tail_is_the_last_inputs() -> None:
     x = torch.randn(1, 9, 4, dtype=torch.float64)
     _, state = stream(conv, {"x": x}, calls([[9]], [2, 3]))
     close(state["tail"], x[:, -3:])
-
-
-def test_taps_are_rows_in_a_compiled_region() -> None:
-    """And one after the other there, or Inductor gathers them value by value for every token."""
-    weight = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    torch.library.opcheck(convolution._rows, (weight,))
-    assert torch.autograd.gradcheck(convolution._rows, weight)
-    assert convolution._rows(weight).is_contiguous()
-
-
-@pytest.mark.compile
-def test_compiled_it_is_the_same() -> None:
-    x = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    position = torch.arange(6).expand(2, 6)
-    clock = SimpleNamespace(
-        valid=position >= 0, position=position, lead=torch.zeros(2, dtype=torch.int64), end=torch.full((2,), 6)
-    )
-
-    def loss(x: Tensor, weight: Tensor) -> Tensor:
-        y, tail = causal_conv(x, torch.zeros(2, 3, 3, dtype=x.dtype), weight, None, clock)
-        return (y * y).sum() + tail.sum()
-
-    want = torch.autograd.grad(loss(x, weight), (x, weight))
-    got = torch.autograd.grad(torch.compile(loss, fullgraph=True)(x, weight), (x, weight))
-    for a, b in zip(got, want, strict=True):
-        close(a, b)

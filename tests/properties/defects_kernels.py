@@ -65,18 +65,18 @@ STREAMS = (
     defect(
         "convolution tail late by one",
         "a later call sees each input one token too far back",
-        ("kernels.convolution:causal_conv", "clock.end, kernel - 1)", "(clock.end - 1).clamp(min=0), kernel - 1)"),
+        ("kernels.convolution:_plain", "last(joined, end, kernel - 1)", "last(joined, (end - 1).clamp(min=0), kernel - 1)"),
     ),
     defect(
         "convolution across a document seam",
         "the first tokens of a document see the end of the one before",
-        ("kernels.convolution:causal_conv", "clock.position >= j", "clock.position >= 0"),
+        ("kernels.convolution:_plain", "(position >= j)", "(position >= 0)"),
     ),
     defect(
         "convolution taps reversed",
         "the tap of this token is taken for that of the oldest",
         (
-            "kernels.convolution:causal_conv",
+            "kernels.convolution:_plain",
             "joined[:, start : start + slots] * taps[j]",
             "joined[:, start : start + slots] * taps[kernel - j]",
         ),
