@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titans_graph.components.memory_neural import NeuralMemory
@@ -196,8 +195,7 @@ class _Log:
 
     def _note(self, x: Tensor, state: Mapping[str, Tensor], new: Mapping[str, Tensor], clock: Clock) -> None:
         memory, p = self.memory, self.memory.p
-        k, v = (memory._stream(s, getattr(memory, s)(x), state, {}, clock).transpose(1, 2) for s in ("key", "value"))
-        k = F.normalize(k, dim=-1)
+        k, v = (memory._stream(s, getattr(memory, s)(x), state, {}, clock) for s in ("key", "value"))
         asked, log_momentum, log_keep = memory._controls(x)
         ring = k.new_zeros(k.shape[0], p.chunk, p.heads, memory.size)  # chunks are read whole: nothing is left of them
         r, _ = crowding(k, ring, clock.valid, clock.position, clock.lead, clock.end)
