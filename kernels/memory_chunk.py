@@ -26,6 +26,7 @@ from torch import Tensor
 
 from titans_graph.kernels.memory_bound import bounded_step
 from titans_graph.kernels.memory_objectives import Objective
+from titans_graph.kernels.memory_products import scaled
 from titans_graph.kernels.networks import Network, PlainUse
 from titans_graph.kernels.undisturbed import unhooked
 
@@ -113,8 +114,8 @@ class _KeyUse:
 class _QueryUse:
     """The query pass: every use reads the weights of its slot, formed from first values and deltas."""
 
-    def __init__(self, weights: Named, momenta: Named, mix: Mixing, trace: Trace, product: Product) -> None:
-        self.weights, self.momenta, self.mix, self.trace, self.product = weights, momenta, mix, trace, product
+    def __init__(self, weights: Named, momenta: Named, mix: Mixing, trace: Trace) -> None:
+        self.weights, self.momenta, self.mix, self.trace = weights, momenta, mix, trace
 
     def linear(self, name: str, u: Tensor) -> Tensor:
         weight, momentum, mix = self.weights[name], self.momenta[name], self.mix
@@ -122,9 +123,9 @@ class _QueryUse:
             # Rows are scaled on the narrower side of the product.
             z = torch.bmm(mix.weights * u, weight) + torch.bmm(mix.momenta * u, momentum)
         else:
-            z = mix.weights * self.product(u, weight) + mix.momenta * self.product(u, momentum)
+            z = scaled(mix.weights, u, weight) + scaled(mix.momenta, u, momentum)
         for source, delta in zip(self.trace.inputs[name], self.trace.deltas[name], strict=True):
-            z = z - torch.bmm(mix.deltas * self.product(u, source.mT), delta)
+            z = z - torch.bmm(mix.deltas * torch.bmm(u, source.mT), delta)
         return z
 
     def vector(self, name: str) -> Tensor:
@@ -219,7 +220,8 @@ def memory_chunk(
     ``anchor`` holds the chunk's first weights, ``weights`` and ``momenta`` the values just before the first valid slot;
     they differ from the anchor where the chunk is resumed in the middle. q, k, v ``[N, C, d]``, gates and ``valid``
     ``[N, C]``; the step is used as given. Without q nothing is read and y is None. Outputs at invalid slots are finite
-    where the inputs are. ``product`` multiplies what is worth keeping for backward (:class:`Products`).
+    where the inputs are. ``product`` multiplies what is worth keeping for backward
+    (:class:`~titans_graph.kernels.memory_products.Products`).
     """
     names = list(form.network.weights(k.shape[-1]))
     at, now, moving = (dict(zip(names, values, strict=True)) for values in (anchor, weights, momenta))
@@ -227,6 +229,6 @@ def memory_chunk(
     trace = trace_keys(form.network, form.objective, at, k, v, product)
     y = None
     if q is not None:
-        y = form.network.apply(q, PlainUse(at) if form.read == "chunk" else _QueryUse(now, moving, mix, trace, product))
+        y = form.network.apply(q, PlainUse(at) if form.read == "chunk" else _QueryUse(now, moving, mix, trace))
     ends = [_end(mix, trace, name, now[name], moving[name]) for name in names]
     return y, [end[0] for end in ends], [end[1] for end in ends]

@@ -95,7 +95,7 @@ class Forward:
     def _start(self, c: int, flags: Flags) -> None:
         """Rows that restart take the initial state, and a checkpoint is set where one belongs."""
         self.weights, self.momenta = restarted(flags, self.initial, (self.weights, self.momenta))
-        if self.every and c % self.every == 0:
+        if self.every and c % self.every == 0 and not flags.all_restart:
             for slot, x in zip(self.kept, (*self.weights, *self.momenta), strict=True):
                 # Most are already there: the chunk before wrote them.
                 if x.data_ptr() != slot[c // self.every].data_ptr():

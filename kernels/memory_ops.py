@@ -31,7 +31,7 @@ from titans_graph.kernels.undisturbed import undisturbed
 
 log = logging.getLogger("titans_graph.kernels")
 
-SCAN = "titans_graph::memory_scan_5"
+SCAN = "titans_graph::memory_scan_6"
 """The operator's name. A region that torch has compiled and kept on disk is found again by the names and arguments of its
 operators, whatever these return by now: the name changes wherever the number or the shapes of the results do."""
 
@@ -138,7 +138,7 @@ def _(
     kept = []
     if every:
         kept = storage(q.shape[2] // chunk, every, (*weights, *momenta))
-        width = kept_width(form_of(network, objective, read, bounded).network, q.shape[3], chunk, read)
+        width = kept_width(form_of(network, objective, read, bounded).network, q.shape[3])
         if width:
             kept.append(q.new_empty(*q.shape[:3], width))
     return [q.new_empty(q.shape), *state, *scale, *kept]

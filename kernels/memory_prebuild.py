@@ -71,7 +71,7 @@ def prebuild(form: Form, needed: Sequence[str], rows: int, chunk: int, dim: int,
 
     ``needed``: kinds in the order in which they will be needed. ``rows`` is batch times heads, ``dim`` the size of a key.
     """
-    inputs, width = arguments(form.network, rows, chunk, dim, dtype), kept_width(form.network, dim, chunk, form.read)
+    inputs, width = arguments(form.network, rows, chunk, dim, dtype), kept_width(form.network, dim)
     signatures = {
         kind: signature_of((form_for(form, kind), kind), torch.device("cpu"), all_arguments(kind, inputs, width))
         for kind in needed

@@ -1,9 +1,10 @@
 """The products of a chunk that forward keeps for backward: small ones that are dear to make again.
 
-A product of ``[N, C, k]`` and ``[N, k, n]`` takes 2 k operations for every value. Where k is at least twice n the result is
-kept (the wide hidden layer on its way back to the narrow output, its products with the chunk's other tokens); everything
-else in a chunk is computed again from the weights at its start. For 64 -> 256 -> 64 and chunks of 64 that is 1 KB a head
-and token in float32, for a tenth of backward's operations.
+A product of ``[N, C, k]`` and ``[N, k, n]`` takes 2 k operations for every value. Where k is at least twice n, that of the keys
+is kept: the wide hidden layer on its way back to the narrow output, which every recomputation of a state needs as well.
+Everything else in a chunk is computed again from the weights at its start. For 64 -> 256 -> 64 and chunks of 64 that is 0.25 KB
+a head and token in float32. (The queries' product with the keys' hidden layer would take as much for 2 % of the time.) What the
+queries' hidden layer gives with M and S is not needed at all: :func:`scaled`.
 
 Shapes: ``N`` rows (batch times heads), ``C`` slots of the chunk.
 """
@@ -23,17 +24,17 @@ def narrows(inner: int, width: int) -> bool:
     return inner >= 2 * width
 
 
-def kept_width(network: Network, dim: int, chunk: int, read: str) -> int:
+def kept_width(network: Network, dim: int) -> int:
     """Values a slot of all products that :class:`Products` keeps of a chunk, for keys of size ``dim``."""
     shapes = network.weights(dim)
-    uses = [name for name in network.uses(dim) if len(shapes[name]) == 2]
-    total = 0
-    for name in uses:
-        inner, width = shapes[name]
-        # The key pass; and for the queries, with read: chunk plain uses, the products with M, with S, and with all inputs.
-        total += width * narrows(inner, width) * (1 if read == "chunk" else 3)
-        total += chunk * narrows(inner, chunk) * (0 if read == "chunk" else uses.count(name))
-    return total
+    matrices = [shapes[name] for name in network.uses(dim) if len(shapes[name]) == 2]
+    return sum(width * narrows(inner, width) for inner, width in matrices)
+
+
+def scaled(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``rows * (a @ b)``, whose gradients do without ``a @ b``: rows ``[N, C, 1]``, a ``[N, C, k]`` and b ``[N, k, n]``."""
+    result: Tensor = _Scaled.apply(rows, a, b)  # type: ignore[no-untyped-call]
+    return result
 
 
 class Products:
@@ -79,3 +80,21 @@ class _Known(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         a, b = ctx.saved_tensors
         return torch.bmm(grad, b.mT), torch.bmm(a.mT, grad), None
+
+
+class _Scaled(torch.autograd.Function):
+    """The cotangent of a row's factor is ``a . (b grad)``, and that of ``a`` needs the product ``b grad`` anyway."""
+
+    @staticmethod
+    def forward(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return rows * torch.bmm(a, b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rows, a, b = ctx.saved_tensors
+        back = torch.bmm(grad, b.mT)
+        return (a * back).sum(-1, keepdim=True), rows * back, torch.bmm(a.mT, rows * grad)

@@ -53,7 +53,7 @@ class Reverse:
         del self.group[c - base + 1 :]
         if not self.group:
             kept = [x[base // self.every] for x in self.states]
-            now, moving = kept[: self.count], kept[self.count :]
+            now, moving = self.initial if self.walk.flags[base].all_restart else (kept[: self.count], kept[self.count :])
             self.group = [(now, moving)]
             for i in range(base, c):
                 now, moving = self.walk.advance(i, now, moving, self.kept(i))
@@ -78,6 +78,9 @@ class Reverse:
             else:
                 self.chunks(c - n + 1, n, *bodies)
             c -= n
+            if c < 0:
+                self._between.clear()  # Whose memory can be taken for what follows.
+            self._to_initial(self.walk.flags[c + 1])
         return self.results()
 
     def _bodies(self, c: int) -> tuple[Native, Native] | None:
@@ -103,12 +106,11 @@ class Reverse:
         walk, count = self.walk, self.count
         first = [x.contiguous() for values in self.start(low) for x in values]
         # A body that is not native may have given views.
-        carried, later, turns = owned([*self.weights, *self.momenta]), *self._places()
-        # Before each chunk the state, and its cotangent; that also after the last.
-        states: list[list[Tensor | PerThread]] = [[x, *more[: n - 1]] for x, more in zip(first, later, strict=True)]
-        ends: list[list[Tensor | PerThread]] = [
-            [x, *(two[i % 2] for i in range(n - 1)), x] for x, two in zip(carried, turns, strict=True)
-        ]
+        carried, places = owned([*self.weights, *self.momenta]), self._places()
+        # Before each chunk the state, and its cotangent; that also after the last. A cotangent lies where the state of the
+        # chunk after it lay, which nothing reads any more.
+        states: list[list[Tensor | PerThread]] = [[x, *own[: n - 1]] for x, own in zip(first, places, strict=True)]
+        ends: list[list[Tensor | PerThread]] = [[x, *own[1:n], x] for x, own in zip(carried, places, strict=True)]
         tokens = walk.runs(low, n)
         kept, y = ([pieces(x, walk.chunk, low, n) for x in values] for values in (self.products, [self.y]))
         before: list[Run] = [*(x[:-1] for x in states), *(x[:-1] for x in (*tokens[1:], *kept))]
@@ -117,16 +119,14 @@ class Reverse:
         ahead = advance.calls(before, [x[1:] for x in states], n - 1)
         run_parts([ahead, pullback.calls(args, out, n, backward=True)], len(first[0]))
         self.weights, self.momenta = carried[:count], carried[count:]
-        if walk.flags[low].any_restart:
-            self._to_initial(walk.flags[low])
 
-    def _places(self) -> tuple[list[list[PerThread]], list[list[PerThread]]]:
-        """For every weight and momentum: places of the states between two checkpoints, and two of its cotangent."""
+    def _places(self) -> list[list[PerThread]]:
+        """For every weight and momentum: places of what there is of it between two checkpoints."""
         if not self._between:
             most, threads = min(self.every, memory_walk.TOGETHER), threads_for(len(self.weights[0]))
-            made = [x.new_empty(most + 1, threads, *x.shape[1:]) for x in (*self.weights, *self.momenta)]
+            made = [x.new_empty(most, threads, *x.shape[1:]) for x in (*self.weights, *self.momenta)]
             self._between = [[PerThread(x) for x in places.unbind(0)] for places in made]
-        return [x[2:] for x in self._between], [x[:2] for x in self._between]
+        return self._between
 
     def chunk(self, c: int) -> None:
         """Carry the cotangents from the end of chunk ``c`` to its start."""
@@ -144,8 +144,6 @@ class Reverse:
             self.anchor = added(self.anchor, body_anchor)
         self.weights, self.momenta = grads[:count], grads[count : 2 * count]
         self._to_weights(flags)
-        if flags.any_restart:
-            self._to_initial(flags)
 
     def results(self) -> list[Tensor]:
         """All cotangents in the operator's order, every one a tensor of its own."""
@@ -162,6 +160,8 @@ class Reverse:
 
     def _to_initial(self, flags: Flags) -> None:
         """Where a row restarts, weights and momenta were set from the initial ones."""
+        if not flags.any_restart:
+            return
         weights, momenta = self.weights, self.momenta
         if flags.all_restart:
             self.weights, self.momenta = ([torch.zeros_like(x) for x in values] for values in (weights, momenta))

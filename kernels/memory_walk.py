@@ -116,7 +116,7 @@ class Walk:
         self._gates = [chunks_first(x, chunk) for x in tokens[-3:]]
         rows = valid.view(valid.shape[0], len(flags), chunk).transpose(0, 1).repeat_interleave(tokens[0].shape[1], 1)
         self._slots = rows.contiguous()
-        self.width = kept_width(form.network, tokens[0].shape[3], chunk, form.read)
+        self.width = kept_width(form.network, tokens[0].shape[3])
         self.count = len(entry_anchor)
         self._bodies: dict[tuple[str, bool], Body] = {}
 

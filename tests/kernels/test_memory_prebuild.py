@@ -19,7 +19,7 @@ from titans_graph.kernels.networks import parse_network
 
 ROOT = Path(__file__).resolve().parents[2]
 FORM = form_of(parse_network({"mlp": {"depth": 2, "hidden": 8}}).text(), "l2", "after", True)
-WIDTH = kept_width(FORM.network, 3, 4, "after")
+WIDTH = kept_width(FORM.network, 3)
 
 
 @pytest.fixture

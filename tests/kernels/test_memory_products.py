@@ -15,7 +15,7 @@ from tests.kernels.test_memory_cases import assert_close, assert_matches_referen
 from tests.kernels.test_memory_scan import ragged
 from titans_graph.kernels.memory_compile import ADVANCE, FORWARD, PULLBACK, body_of
 from titans_graph.kernels.memory_ops import SCAN, form_of, scan_op
-from titans_graph.kernels.memory_products import kept_width
+from titans_graph.kernels.memory_products import kept_width, scaled
 from titans_graph.kernels.networks import parse_network
 
 DIM, CHUNK = 3, 4
@@ -30,15 +30,15 @@ TWICE = {
 }
 """A narrowing weight used twice: every use of a query meets the inputs of both uses of the keys."""
 
-NETWORKS: list[tuple[Any, tuple[int, int]]] = [
-    ("linear", (0, 0)),
-    ({"mlp": {"hidden": 5}}, (0, 0)),
-    ({"mlp": {"hidden": 6}}, (3 * 3, 3)),
-    ({"mlp": {"hidden": 8}}, (3 * 3 + 4, 3)),
-    ({"mlp": {"hidden": 8, "depth": 3}}, (3 * 3 + 2 * 4, 3)),
-    ({"swiglu": {"hidden": 8}}, (3 * 3 + 4, 3)),
-    ({"lowrank": 1}, (3, 1)),
-    (TWICE, (2 * (3 * 3 + 2 * 4), 2 * 3)),
+NETWORKS: list[tuple[Any, int]] = [
+    ("linear", 0),
+    ({"mlp": {"hidden": 5}}, 0),
+    ({"mlp": {"hidden": 6}}, 3),
+    ({"mlp": {"hidden": 8}}, 3),
+    ({"mlp": {"hidden": 8, "depth": 3}}, 3),
+    ({"swiglu": {"hidden": 8}}, 3),
+    ({"lowrank": 1}, 1),
+    (TWICE, 2 * 3),
 ]
 
 
@@ -65,12 +65,12 @@ def products_of(body: Any, args: Sequence[Tensor]) -> int:
 
 @pytest.mark.parametrize("read", ["after", "before", "chunk"])
 @pytest.mark.parametrize(("network", "width"), NETWORKS)
-def test_kept_products_are_not_made_again(network: Any, width: tuple[int, int], read: str) -> None:
+def test_kept_products_are_not_made_again(network: Any, width: int, read: str) -> None:
     form = form_of(parse_network(network).text(), "l2", read, False)
     count = len(form.network.weights(DIM))
     args, cotangents = arguments(network)
-    want = kept_width(form.network, DIM, CHUNK, read)
-    assert want == width[read == "chunk"]
+    want = kept_width(form.network, DIM)
+    assert want == width
     kept = list(body_of(form, FORWARD, count, kept=want > 0)(*args))[1 + 2 * count :]
     assert [x.shape for x in kept] == [(2, CHUNK, want)] * (want > 0)
     for kind, given in ((PULLBACK, args), (ADVANCE, [*args[: 2 * count], *args[2 * count + 1 :]])):
@@ -79,6 +79,22 @@ def test_kept_products_are_not_made_again(network: Any, width: tuple[int, int], 
         assert_close(list(short(*given, *kept, *rest)), list(plain(*given, *rest)), 1e-12)
         saved = products_of(plain, [*given, *rest]) - products_of(short, [*given, *kept, *rest])
         assert (saved > 0) == (want > 0)
+
+
+def test_gradients_of_a_scaled_product_do_without_its_value() -> None:
+    g = torch.Generator().manual_seed(0)
+    args = [torch.randn(2, *s, generator=g, dtype=torch.float64) for s in ((4, 1), (4, 7), (7, 3))]
+    cotangent = torch.randn(2, 4, 3, generator=g, dtype=torch.float64)
+
+    def plain(rows: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return rows * (a @ b)
+
+    def gradients(function: Any) -> Any:
+        return lambda *given: torch.func.vjp(function, *given)[1](cotangent)
+
+    assert_close([scaled(*args)], [plain(*args)], 1e-14)
+    assert_close(list(gradients(scaled)(*args)), list(gradients(plain)(*args)), 1e-14)
+    assert products_of(gradients(scaled), args) == products_of(gradients(plain), args) - 1 == 2
 
 
 def test_backward_uses_what_was_kept() -> None:
@@ -111,5 +127,5 @@ def test_results_of_the_operator_belong_to_its_name() -> None:
     weights = [(2, 2, 3, 8), (2, 2, 8, 3)]
     kept = [(3 * 4 * 3 * 8 + 1,)] * 2
     assert {SCAN: shapes} == {
-        "titans_graph::memory_scan_5": [(2, 2, 12, 3), *weights * 3, (2, 2, 12), *kept * 2, (2, 2, 12, 13)]
+        "titans_graph::memory_scan_6": [(2, 2, 12, 3), *weights * 3, (2, 2, 12), *kept * 2, (2, 2, 12, 3)]
     }

@@ -135,7 +135,7 @@ def test_bodies(network: Any, objective: Any, read: str) -> None:
     args, cotangents = arguments(network)
     form = Form(parse_network(network), parse_objective(objective), read, bounded=False)
     count = (len(args) - 7) // 2
-    kept = kept_width(form.network, 3, 4, read) > 0
+    kept = kept_width(form.network, 3) > 0
     forward = body_of(form, FORWARD, count, kept=kept)
     results = list(forward(*args))
     assert_close(list(built(forward, args)(*args)), results, 1e-13)

@@ -272,7 +272,11 @@ MEMORY = (
     defect(
         "initial weights get no gradient at a seam",
         "documents after the first do not train where memories start",
-        ("kernels.memory_reverse:Reverse.chunk", "if flags.any_restart:", "if flags.any_restart and c == 0:"),
+        (
+            "kernels.memory_reverse:Reverse.run",
+            "self._to_initial(self.walk.flags[c + 1])",
+            "self._to_initial(self.walk.flags[0])",
+        ),
     ),
     defect(
         "checkpoint of the wrong chunk",
