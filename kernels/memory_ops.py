@@ -87,8 +87,8 @@ def scan_op(
 
     ``every``: chunks from one checkpoint to the next, or 0 for none. ``saved`` holds, unless it is 0: where bounded, the scale
     of the step ``[B, H, G]``; per weight and momentum the values that checkpointed chunks start from, flat
-    (:func:`~titans_graph.kernels.memory_checkpoints.storage`); where a chunk keeps products, those of all slots
-    ``[B, H, G, width]``.
+    (:func:`~titans_graph.kernels.memory_checkpoints.storage`), of a chunk at which all rows restart whatever lay there, which
+    backward does not read; where a chunk keeps products, those of all slots ``[B, H, G, width]``.
     """
     spec = network, objective, read, chunk, bounded, compiled
 

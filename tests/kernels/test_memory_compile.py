@@ -31,9 +31,31 @@ def inputs(case: Case) -> tuple[list[list[Tensor]], list[Tensor], Tensor, Tensor
 def test_operator_registration() -> None:
     case = make(NETWORK, slots=8)
     state, tokens, valid, position = inputs(case)
-    args = (case.network, "l2", "after", 4, True, False, 2, *state, tokens, valid, position)
+    # A row that goes on: where all begin, nothing is written to the first checkpoint, and its content is any.
+    going_on = position + 4 * torch.arange(len(position))[:, None]
+    args = (case.network, "l2", "after", 4, True, False, 2, *state, tokens, valid, going_on)
     found = torch.library.opcheck(memory_ops.scan_op, args)
     assert set(found.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("kernel", ["chunk", pytest.param("compiled", marks=pytest.mark.compile)])
+def test_no_checkpoint_is_read_where_all_rows_begin(kernel: str) -> None:
+    case = make(NETWORK, slots=16)
+    state, tokens, valid, position = inputs(case)
+    form, count = (case.network, "l2", "after", 4, False, kernel == "compiled", 2), len(state[0])
+    with torch.no_grad():
+        y, *ends = memory_ops.scan_op(*form, *state, tokens, valid, position)
+        ends, saved = ends[: 3 * count], ends[3 * count :]
+        cotangents = [torch.ones_like(x) for x in (y, *ends)]
+        args = *form, state[0], *state[3:], tokens, valid, position
+        want = memory_ops.backward_op(*args, saved, cotangents)
+        weights = [*state[1], *state[2]]
+        for kept, x in zip(saved, weights, strict=False):
+            kept[: x.numel()] = torch.nan
+        assert_close(memory_ops.backward_op(*args, saved, cotangents), want, 0.0)
+        for kept, x in zip(saved, weights, strict=False):
+            kept[x.numel() :] = torch.nan
+        assert any(bool(x.isnan().any()) for x in memory_ops.backward_op(*args, saved, cotangents))
 
 
 def test_activation_checkpointing() -> None:

@@ -250,9 +250,9 @@ MEMORY = (
         "queries not normalised",
         "the memory is asked with queries of any length",
         (
-            "components.memory_neural:NeuralMemory._advance",
-            "(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v)",
-            "(q, F.normalize(k, dim=-1), v)",
+            "components.memory_neural:NeuralMemory._convolved",
+            'unit = self.p.heads, name != "value"',
+            'unit = self.p.heads, name == "key"',
         ),
     ),
     defect(

@@ -85,7 +85,7 @@ def run(network: Any, objective: Any, chunk: int, largest: float, tokens: int, *
     with torch.no_grad():
         for first in range(0, total, part):
             here = slice(first, first + part)
-            given = {"query": q[:, here, None], "key": k[:, here, None], "value": v[:, here, None]}
+            given = {"query": q[:, None, here], "key": k[:, None, here], "value": v[:, None, here]}
             gates = torch.ones(len(rows), 1, part), log_momentum[..., here], torch.full((len(rows), 1, part), keep).log()
             memory._stream = lambda name, *rest, given=given: given[name]
             memory._controls = lambda write, gates=gates: gates
