@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -25,8 +26,8 @@ import torch
 
 DIM, HEADS, CHUNK = 256, 4, 64
 Layer = Callable[[torch.Tensor], torch.Tensor]
-TURN = 1.0
-"""Seconds."""
+TURN, PEAKS = 1.0, 5
+"""Seconds of a turn; calls whose peaks are taken, as far as they fit into as many turns."""
 ANSWER = "answer:"
 """What answers begin with; other lines are what a library prints."""
 
@@ -89,6 +90,14 @@ def peak(run: Callable[[], None]) -> int:
     return resident("VmHWM") - before
 
 
+def usual_peak(run: Callable[[], None]) -> float:
+    """The median of :func:`peak` over a few calls: what an allocator has lying about differs by megabytes from call to call."""
+    start, peaks = time.perf_counter(), [peak(run)]
+    while len(peaks) < PEAKS and time.perf_counter() - start < PEAKS * TURN:
+        peaks.append(peak(run))
+    return statistics.median(peaks)
+
+
 def training(layer: Layer, tokens: int) -> Callable[[], None]:
     """Forward and backward of a layer over random tokens."""
     x = torch.randn(1, tokens, DIM, generator=torch.Generator().manual_seed(0), requires_grad=True)
@@ -108,7 +117,7 @@ def main() -> None:
     torch.manual_seed(0)
     run = training(ours() if setting == "ours" else theirs(setting), tokens)
     run()  # builds what is compiled
-    print(ANSWER, json.dumps({"torch": torch.__version__, "bytes": peak(run)}), flush=True)
+    print(ANSWER, json.dumps({"torch": torch.__version__, "bytes": usual_peak(run)}), flush=True)
     for _ in sys.stdin:
         print(ANSWER, turn(run), flush=True)
 
