@@ -275,7 +275,7 @@ MEMORY = (
         (
             "kernels.memory_reverse:Reverse.run",
             "self._to_initial(self.walk.flags[c + 1])",
-            "self._to_initial(self.walk.flags[0])",
+            "_ = c < 0 and self._to_initial(self.walk.flags[c + 1])",
         ),
     ),
     defect(
