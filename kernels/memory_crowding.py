@@ -16,8 +16,8 @@ from torch import Tensor
 from titans_graph.kernels.precision import running
 from titans_graph.kernels.timeline import take
 
-TOGETHER = 8
-"""Chunks whose keys are multiplied at a time."""
+TOGETHER = 32
+"""Chunks of heads whose keys are multiplied at a time."""
 
 
 def crowding(k: Tensor, ring: Tensor, valid: Tensor, position: Tensor, lead: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,8 +68,9 @@ def _sums(keys: Tensor) -> Tensor:
 
     A few chunks at a time, which stay in the caches; and dense ones: the product would copy both sides value by value.
     """
-    parts = [x.contiguous() for x in torch.split(keys, TOGETHER, -3)]
-    return torch.cat([running(x @ x.mT).abs().tril().sum(-1) for x in parts], -2)
+    blocks = [x.contiguous() for x in torch.split(keys.reshape(-1, *keys.shape[-2:]), TOGETHER)]
+    sums = [running(torch.bmm(x, x.mT)).abs_().tril_().sum(-1) for x in blocks]
+    return torch.cat(sums).view(keys.shape[:-1])
 
 
 @_whole.register_fake

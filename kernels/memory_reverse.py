@@ -35,10 +35,11 @@ class Reverse:
         self.walk, self.every, self.initial, self.y = walk, every, initial, y
         count = self.count = walk.count
         self.states, self.products = saved[: 2 * count], saved[2 * count :]
-        anchor, self.weights, self.momenta = ([x.clone() for x in ends[i * count : (i + 1) * count]] for i in range(3))
+        anchor = ends[:count]
+        self.weights, self.momenta = ([x.clone() for x in ends[i * count : (i + 1) * count]] for i in (1, 2))
         # Chunks that go together carry none. On a GPU there are no such chunks, and looking would wait for it.
         unused = y.device.type == "cpu" and not any(bool(x.any()) for x in anchor)
-        self.anchor: list[Tensor] | None = None if unused else anchor
+        self.anchor: list[Tensor] | None = None if unused else [x.clone() for x in anchor]
         self.initial_weights: list[Tensor] | None = None
         self.initial_momenta: list[Tensor] | None = None
         self.tokens = [x.new_empty(x.shape[0] * x.shape[1], len(walk.flags), walk.chunk, *x.shape[3:]) for x in walk.tokens]
