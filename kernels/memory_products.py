@@ -4,7 +4,8 @@ A product of ``[N, C, k]`` and ``[N, k, n]`` takes 2 k operations for every valu
 is kept: the wide hidden layer on its way back to the narrow output, which every recomputation of a state needs as well.
 Everything else in a chunk is computed again from the weights at its start. For 64 -> 256 -> 64 and chunks of 64 that is 0.25 KB
 a head and token in float32. (The queries' product with the keys' hidden layer would take as much for 2 % of the time.) What the
-queries' hidden layer gives with M and S is not needed at all: :func:`scaled`.
+queries' hidden layer gives with M and S is not needed for its own gradients, see :func:`scaled`, and is made again only where
+something nonlinear follows.
 
 Shapes: ``N`` rows (batch times heads), ``C`` slots of the chunk.
 """

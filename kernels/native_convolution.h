@@ -8,6 +8,7 @@ template <typename T>
 using Vec = at::vec::Vectorized<T>;
 
 constexpr int64_t MOST = 64;  // taps
+constexpr int64_t STRETCH = 64;  // slots: the taps' cotangents are summed in T within one, and in double over all
 constexpr double LEAST = 1e-12;  // of a norm that a head is divided by, as in torch.nn.functional.normalize
 
 // Sizes as in convolution.py: x and gx [B, G, D], tail, tail_out and their cotangents [B, K - 1, D], taps [K, D], bias [D] or null,
@@ -73,6 +74,7 @@ class Task {
     const Rows<const T> in = rows(s.x, s.tail);
     const Rows<T> out = rows(s.gx, s.gtail);
     std::vector<T> sums(width), gates(width), gtaps((count + 1) * width), unused(width);
+    std::vector<double> totals((count + 1) * width);
     for (int64_t i = 0; i + 1 < count; i++) std::fill_n(s.gtail + end_of(i), width, T(0));
     const bool activated = s.activated, unit = s.unit;
     const int64_t slots = s.slots, width = this->width;
@@ -113,8 +115,14 @@ class Task {
           add(g * load(w + j * width + c, rest), gx[j] + c, rest);
         }
       }
+      if ((t + 1) % STRETCH == 0 || t + 1 == slots) {
+        for (size_t i = 0; i < gtaps.size(); i++) totals[i] += gw[i];
+        std::fill(gtaps.begin(), gtaps.end(), T(0));
+      }
     }
-    for (int64_t j = 0; j <= count; j++) std::copy_n(gw + j * width, width, s.gtaps + (b * (count + 1) + j) * s.dim + column);
+    for (int64_t j = 0; j <= count; j++)
+      for (int64_t c = 0; c < width; c++)
+        s.gtaps[(b * (count + 1) + j) * s.dim + column + c] = static_cast<T>(totals[j * width + c]);
     for (int64_t i = 0; i + 1 < count; i++) {
       const T* g = s.gtail_out + end_of(i);
       T* to = out[s.end[b] + 1 - count + i];

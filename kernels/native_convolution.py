@@ -65,6 +65,9 @@ def _loaded() -> Library | None:
 
 def prepare() -> None:
     """Begin to build it, in the background."""
+    # Here, and not by two threads at a time: modules that import each other would be half there for one of them.
+    from torch._inductor import codecache, cpp_builder  # noqa: F401
+
     threading.Thread(target=library, args=(1,), daemon=True).start()
 
 

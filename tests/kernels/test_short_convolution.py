@@ -35,7 +35,7 @@ def arguments(case: str, dtype: torch.dtype, *, bias: bool) -> tuple[list[Tensor
     shapes = [(batch, slots, heads * size), (batch, taps - 1, heads * size), (heads * size, taps)]
     shapes += [(heads * size,)] if bias else []
     streams = [torch.randn(s, generator=g, dtype=dtype).requires_grad_() for s in shapes]
-    lead = torch.randint(0, slots, (batch,), generator=g)
+    lead = torch.randint(0, slots + 1, (batch,), generator=g)
     end = torch.minimum(lead + torch.randint(0, slots + 1, (batch,), generator=g), torch.tensor(slots))
     return streams, (torch.randint(0, taps + 2, (batch, slots), generator=g), lead, end)
 
@@ -65,6 +65,22 @@ def test_the_operator_is_the_tensor_operations(case: str, activated: bool, unit:
                 assert (got - want).abs().max() <= tolerance * max(1.0, float(want.detach().abs().max()))
     finally:
         torch.set_num_threads(before)
+
+
+@native
+def test_sums_over_many_tokens_are_exact() -> None:
+    """A single-precision sum of all of them is wrong in the fifth digit, for weight and bias alike."""
+    slots = 60_000
+    g = torch.Generator().manual_seed(0)
+    x, tail, weight, bias = (1 + torch.randn(s, generator=g) for s in ((1, slots, 3), (1, 1, 3), (3, 2), (3,)))
+    clock = torch.full((1, slots), 5), torch.zeros(1, dtype=torch.int64), torch.full((1,), slots)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        streams = [v.to(dtype).requires_grad_() for v in (x, tail, weight, bias)]
+        y, _ = convolution_op(*streams, *clock, 1, False, False)
+        found.append(torch.autograd.grad(y, streams, torch.full_like(y, 0.1))[2:])
+    for got, want in zip(*found, strict=True):
+        assert (got.double() - want).abs().max() <= 1e-6 * want.abs().max()
 
 
 @native
@@ -119,8 +135,8 @@ def test_compiled_it_is_the_same(slots: int, dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(0)
     x, tail = (torch.randn(2, n, 6, generator=g).to(dtype).requires_grad_() for n in (slots, 3))
     weight = torch.randn(6, 4, generator=g).to(dtype).requires_grad_()
-    position = torch.arange(slots).expand(2, slots)
-    lead, end = torch.zeros(2, dtype=torch.int64), torch.full((2,), slots)
+    position = torch.arange(slots).expand(2, slots) + torch.tensor([[0], [9]])
+    lead, end = torch.tensor([0, slots // 2]), torch.full((2,), slots)
     clock = SimpleNamespace(valid=position >= 0, position=position, lead=lead, end=end, room=end)
 
     def loss(x: Tensor, tail: Tensor, weight: Tensor) -> Tensor:
