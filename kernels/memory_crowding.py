@@ -69,7 +69,7 @@ def _sums(keys: Tensor) -> Tensor:
     A few chunks at a time, which stay in the caches; and dense ones: the product would copy both sides value by value.
     """
     blocks = [x.contiguous() for x in torch.split(keys.reshape(-1, *keys.shape[-2:]), TOGETHER)]
-    sums = [running(torch.bmm(x, x.mT)).abs_().tril_().sum(-1) for x in blocks]
+    sums = [running(torch.bmm(x, x.mT)).abs_().tril().sum(-1) for x in blocks]
     return torch.cat(sums).view(keys.shape[:-1])
 
 

@@ -201,7 +201,7 @@ MEMORY = (
     defect(
         "step cap from later keys",
         "the step of a token shrinks by keys that come after it",
-        ("kernels.memory_crowding:_sums", ".abs().tril()", ".abs()"),
+        ("kernels.memory_crowding:_sums", ".abs_().tril()", ".abs()"),
     ),
     defect(
         "step cap from keys of the chunk before",
