@@ -30,7 +30,8 @@ def short_convolution(
     x ``[B, G, D]``; tail ``[B, K - 1, D]``, the last inputs of earlier calls, oldest first; weight ``[D, K]``, K >= 2,
     column j is the tap at distance j; bias ``[D]`` or None -> y ``[B, heads, G, D / heads]``, new tail ``[B, K - 1, D]``.
     A tap that would reach past the start of its document adds nothing. ``activated``: y is SiLU(z); ``unit``: a head's vector
-    is divided by its norm (arXiv 2501.00663, section 4.4, has both).
+    is divided by its norm (arXiv 2501.00663, section 4.4, has both). In a compiled region on a processor a weight that is not
+    finite spoils the first tokens of a document as well, which it does not reach.
     """
     arguments = x, tail, weight, bias, clock.position, clock.lead, clock.end
     if not torch.compiler.is_compiling() or x.shape[1] == 1 or x.device.type != "cpu":

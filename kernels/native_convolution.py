@@ -10,6 +10,7 @@ import ctypes
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -66,8 +67,8 @@ def _loaded() -> Library | None:
 def prepare() -> None:
     """Begin to build it, in the background."""
     # Here, and not by two threads at a time: modules that import each other would be half there for one of them.
-    from torch._inductor import codecache, cpp_builder  # noqa: F401
-
+    with suppress(ImportError):  # Then there is no library, as the log will tell.
+        from torch._inductor import codecache, cpp_builder  # noqa: F401
     threading.Thread(target=library, args=(1,), daemon=True).start()
 
 
